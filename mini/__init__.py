@@ -1,0 +1,1 @@
+"""DeepSeek in Miniature: the package that the notebooks build, one module a chapter."""

@@ -1,0 +1,111 @@
+"""Sampling: from a prompt to a text, one token at a time, many sequences at once. Chapter 02."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mini.model import Transformer
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was drawn. Past `lengths[b]`, row b holds -1 in `tokens` and 0 in `logprobs`."""
+
+    tokens: Int[Tensor, "b n"]
+    logprobs: Float[Tensor, "b n"]  # nats, under the model itself: before temperature and top-p
+    lengths: Int[Tensor, "b"]  # tokens drawn, the end token included
+
+
+def choose(
+    logits: Float[Tensor, "b vocab"], temperature: float, top_p: float, generator: torch.Generator | None
+) -> Int[Tensor, "b"]:
+    """One token a row: the best at temperature 0, otherwise a draw from softmax(logits / temperature).
+
+    top-p draws from the fewest tokens whose probability reaches p (Holtzman et al. 2019, arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        probs = torch.zeros_like(probs).scatter(1, index, ordered.masked_fill(before >= top_p, 0.0))
+    return rearrange(torch.multinomial(probs, 1, generator=generator), "b 1 -> b")
+
+
+def stack_prompts(prompts: Tensor | Sequence[Sequence[int]], vocab_size: int) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one [b, t] matrix, shorter ones filled on the left, and each row's number of filler slots."""
+    rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
+    if not rows or any(r.dim() != 1 for r in rows):
+        raise ValueError("prompts must be a list of token lists or a [batch, time] tensor; wrap a single prompt in a list")
+    for i, r in enumerate(rows):
+        if len(r) == 0:
+            raise ValueError(f"prompt {i} is empty; give it at least one token")
+        if r.min() < 0 or r.max() >= vocab_size:
+            bad = r[(r < 0) | (r >= vocab_size)][0]
+            raise ValueError(f"prompt {i} holds token {bad}, outside this model's vocabulary of {vocab_size}")
+    width = max(map(len, rows))
+    pad = torch.tensor([width - len(r) for r in rows])
+    tokens = torch.stack([torch.cat((r.new_zeros(p), r)) for r, p in zip(rows, pad.tolist(), strict=True)])
+    return tokens, pad if pad.any() else None
+
+
+@torch.inference_mode()
+def sample(
+    model: Transformer,
+    prompts: Int[Tensor, "b t"] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    end: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Samples:
+    """Continue every prompt by up to `max_new_tokens` tokens, stopping a row at the token `end`.
+
+    Keys and values are cached, and rows that have ended are dropped from the batch as it runs. Raises
+    ValueError for an empty prompt, a token outside the vocabulary, a temperature below 0, a top_p outside
+    (0, 1], or a text longer than the model's max_seq_len.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} is below 0; use 0 for the most likely token, 1 for the model's own odds")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} is outside (0, 1]; use 1 to allow every token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    device = model.embed.weight.device
+    tokens, pad = stack_prompts(prompts, model.config.vocab_size)
+    b, t = tokens.shape
+    longest = t + max_new_tokens
+    if longest > model.config.max_seq_len:
+        raise ValueError(
+            f"a prompt of {t} tokens and {max_new_tokens} new ones make {longest}, past max_seq_len="
+            f"{model.config.max_seq_len}; shorten the prompt or ask for at most {model.config.max_seq_len - t}"
+        )
+    tokens, pad = tokens.to(device), None if pad is None else pad.to(device)
+    out = torch.full((b, max_new_tokens), -1, device=device)
+    logprobs = torch.zeros(b, max_new_tokens, device=device)
+    live = torch.arange(b, device=device)  # which rows of the output the batch still holds
+    ended = torch.zeros(b, dtype=torch.bool, device=device)
+    cache = model.new_cache(b, longest)
+    for i in range(max_new_tokens):
+        logits = model.logits(model.hidden(tokens, cache, pad)[:, -1])
+        token = choose(logits, temperature, top_p, generator)
+        logprob = logits.log_softmax(dim=-1).gather(1, rearrange(token, "b -> b 1"))
+        out[live, i] = token.where(~ended, -1)
+        logprobs[live, i] = rearrange(logprob, "b 1 -> b").where(~ended, 0.0)
+        if end is not None:
+            ended = ended | (token == end)
+            if ended.all():
+                break
+            if ended.sum() * 4 >= len(ended):  # dropping copies the cache, so wait until it is worth it
+                live, token, pad = live[~ended], token[~ended], None if pad is None else pad[~ended]
+                for layer in cache:
+                    layer.keep(~ended)
+                ended = ended[~ended]
+        tokens = rearrange(token, "b -> b 1")
+    return Samples(out, logprobs, (out >= 0).sum(dim=1))

@@ -1,0 +1,217 @@
+"""The training loop: warm-up and decay, clipping, progress, checkpoints that resume bit for bit. Chapter 02."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mini.model import cross_entropy
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. Matrices inside the layers take Muon's steps (Jordan et al. 2024), all else takes AdamW's."""
+
+    steps: int
+    lr: float = 3e-3  # AdamW's peak: embedding, head, norms
+    matrix_lr: float = 0.02  # Muon's peak: the matrices of the layers; 0 gives them to AdamW as well
+    warmup: int = 20  # steps from 0 to the peak
+    decay: float = 1.0  # the share of steps, at the end, over which the rate falls to 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0  # the gradient's norm is cut to this
+    eval_every: int = 0  # 0: evaluate at the end only
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay={self.decay} is a share of the steps; use 0 to 1")
+
+    def rate(self, step: int) -> float:
+        """The share of the peak learning rate at this step: up in a line, level, down in a line to 0."""
+        up = (step + 1) / max(self.warmup, 1)
+        down = (self.steps - step) / max(self.decay * self.steps, 1)
+        return min(1.0, up, down)
+
+
+Batch = Callable[[int], Tensor]
+Loss = Callable[[nn.Module, Tensor], Tensor]
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside `layers`, AdamW for the rest; AdamW alone with matrix_lr=0."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        inner = p.dim() == 2 and "layers." in name and settings.matrix_lr > 0
+        (matrices if inner else rest).append(p)
+    chosen: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    ]
+    if matrices:
+        chosen.append(torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=settings.weight_decay))
+    for optimizer in chosen:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return chosen
+
+
+def train(
+    model: nn.Module,
+    batch: Batch,
+    settings: Settings,
+    *,
+    loss: Loss = cross_entropy,
+    evaluate: Evaluate | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train `model` in place; return one row a step: step, tokens, loss, grad_norm, lr, seconds, and evaluate's values.
+
+    `batch(step)` must depend on the step alone, so that a resumed run sees what an unbroken one would have
+    seen. `loss(model, batch)` is a scalar, by default nats a token. `seconds` counts training, not evaluation.
+    With `checkpoint`, the run is saved there every `save_every` steps and on an interrupt, and a second call
+    goes on from it with the same result, bit for bit, as if nothing had happened.
+
+    Raises FloatingPointError at the first loss that is not finite, ValueError for a checkpoint of another run.
+    """
+    opts = optimizers(model, settings)
+    history: list[dict[str, float]] = []
+    if checkpoint is not None and Path(checkpoint).exists():
+        history = resume(checkpoint, model, opts, settings)
+    device = next(model.parameters()).device
+    tokens, seconds = (history[-1]["tokens"], history[-1]["seconds"]) if history else (0, 0.0)
+    bar = tqdm(total=settings.steps, initial=len(history), desc="training", unit="step", disable=not progress)
+    try:
+        for step in range(len(history), settings.steps):
+            start = time.perf_counter()
+            model.train()
+            data = batch(step).to(device)
+            value = loss(model, data)
+            value.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            if not math.isfinite(value.item()):
+                raise FloatingPointError(f"the loss is {value.item()} at step {step}; lower lr={settings.lr} or matrix_lr")
+            for optimizer in opts:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * settings.rate(step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            seconds += time.perf_counter() - start
+            tokens += data.numel()
+            row = dict(step=step + 1, tokens=tokens, loss=value.item(), grad_norm=norm.item(), seconds=seconds)
+            row["lr"] = settings.lr * settings.rate(step)
+            last = step + 1 == settings.steps
+            if evaluate is not None and (last or (settings.eval_every and (step + 1) % settings.eval_every == 0)):
+                model.eval()
+                row |= evaluate(model)
+            history.append(row)
+            bar.update()
+            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k not in TIMING}, refresh=False)
+            if checkpoint is not None and ((step + 1) % settings.save_every == 0 or last):
+                save_run(checkpoint, model, opts, settings, history)
+    except KeyboardInterrupt:
+        # The last step may be half done, so the file keeps the last saved step: a rerun goes on from there.
+        if checkpoint is not None:
+            print(f"interrupted at step {len(history)}; run this again to go on from {checkpoint}")
+        raise
+    finally:
+        bar.close()
+    model.eval()
+    return history
+
+
+TIMING = ("step", "tokens", "seconds", "lr")
+
+
+def save_run(path, model: nn.Module, opts, settings: Settings, history: list[dict[str, float]]) -> None:
+    """Everything that the next step depends on: weights, optimiser state, history."""
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    for i, optimizer in enumerate(opts):
+        for j, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{key}": t for key, t in state.items()}
+    save(path, tensors, {"kind": "training run", "settings": asdict(settings), "history": history})
+
+
+def resume(path, model: nn.Module, opts, settings: Settings) -> list[dict[str, float]]:
+    """Put a saved run's weights and optimiser state in place; return its history."""
+    tensors, facts = load(path)
+    if facts.get("kind") != "training run":
+        raise ValueError(f"{path} holds no training run; name another checkpoint or remove the file")
+    ours, theirs = json.loads(json.dumps(asdict(settings))), facts["settings"]
+    for name in ours:
+        if ours[name] != theirs.get(name):
+            raise ValueError(
+                f"{path} was saved with {name}={theirs.get(name)}, this run has {name}={ours[name]}; "
+                "use the same settings, or another checkpoint file for a new run"
+            )
+    load_weights(model, {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}, path)
+    for i, optimizer in enumerate(opts):
+        whole = optimizer.state_dict()
+        for key, t in tensors.items():
+            if key.startswith(f"optimizer.{i}."):
+                _, _, j, name = key.split(".")
+                whole["state"].setdefault(int(j), {})[name] = t
+        optimizer.load_state_dict(whole)
+    return facts["history"]
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Copy `tensors` into the model, or raise ValueError naming the first that is missing, strange or of another shape."""
+    own = model.state_dict()
+    for name in own.keys() | tensors.keys():
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+            there = tuple(tensors[name].shape) if name in tensors else "missing"
+            here = tuple(own[name].shape) if name in own else "missing"
+            raise ValueError(f"{source} does not fit this model: {name} is {there} there and {here} here")
+    model.load_state_dict(tensors)
+
+
+def save(path: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Write tensors and JSON facts to one safetensors file, whole or not at all.
+
+    The file appears under its name only when complete, so a crash or a full disk leaves the old one as it
+    was. Raises OSError that says how much room is missing.
+    """
+    path = Path(path)
+    data = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}, {"facts": json.dumps(facts)})
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        raise OSError(
+            error.errno,
+            f"could not save {len(data) / 1e6:.1f} MB to {path} ({error.strerror}; {free / 1e6:.1f} MB free there); "
+            "what was saved before is untouched, make room or name another folder",
+        ) from error
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and facts that `save` wrote. Raises ValueError for a broken or foreign file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}; check the name, or train and save first")
+    try:
+        with safe_open(path, framework="pt") as f:
+            facts = json.loads((f.metadata() or {})["facts"])
+            return {name: f.get_tensor(name) for name in f.keys()}, facts
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a file that mini saved, or it is damaged ({error}); remove it and train again") from error
