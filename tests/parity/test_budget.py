@@ -1,0 +1,110 @@
+"""mini.budget counts the parameters that transformers' DeepseekV3ForCausalLM and LlamaForCausalLM hold."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mini import budget
+from mini.budget import LLAMA_405B, V3
+
+TINY = replace(
+    V3,
+    vocab_size=97,
+    dim=48,
+    n_layers=4,
+    n_heads=6,
+    inter_dim=80,
+    q_lora_rank=20,
+    kv_lora_rank=16,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=4,
+    v_head_dim=12,
+    n_dense_layers=1,
+    n_routed_experts=8,
+    n_activated_experts=3,
+    moe_inter_dim=14,
+)
+CONFIGS = {
+    "V3": V3,
+    "tiny": TINY,
+    "no query compression": replace(TINY, q_lora_rank=0),
+    "two shared experts": replace(TINY, n_shared_experts=2),
+    "experts from the first layer": replace(TINY, n_dense_layers=0),
+    "dense layers only": replace(TINY, n_dense_layers=4),
+    "tied": replace(TINY, tie_embeddings=True),
+}
+
+
+def deepseek(c):
+    config = DeepseekV3Config(
+        vocab_size=c.vocab_size,
+        hidden_size=c.dim,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_heads,
+        intermediate_size=c.inter_dim,
+        q_lora_rank=c.q_lora_rank or None,
+        kv_lora_rank=c.kv_lora_rank,
+        qk_nope_head_dim=c.qk_nope_head_dim,
+        qk_rope_head_dim=c.qk_rope_head_dim,
+        v_head_dim=c.v_head_dim,
+        first_k_dense_replace=c.n_dense_layers,
+        n_routed_experts=c.n_routed_experts,
+        n_shared_experts=c.n_shared_experts,
+        num_experts_per_tok=c.n_activated_experts,
+        moe_intermediate_size=c.moe_inter_dim,
+        tie_word_embeddings=c.tie_embeddings,
+    )
+    with torch.device("meta"):
+        return DeepseekV3ForCausalLM(config)
+
+
+def part_of(name):
+    if "norm" in name:
+        return "norms"
+    for key, part in (
+        ("embed_tokens", "embedding"),
+        ("lm_head", "head"),
+        ("self_attn", "attention"),
+        ("shared_experts", "shared"),
+        (".experts", "routed"),
+        ("mlp.gate.", "router"),
+        ("mlp", "dense"),
+    ):
+        if key in name:
+            return part
+    raise KeyError(name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_part_holds_as_many_parameters_as_in_transformers(name):
+    config = CONFIGS[name]
+    theirs = dict.fromkeys(budget.parameters(config), 0)
+    for key, p in deepseek(config).named_parameters():
+        theirs[part_of(key)] += p.numel()
+    assert budget.parameters(config) == theirs
+
+
+def test_transformers_default_is_v3():
+    ours, default = deepseek(V3).config.to_dict(), DeepseekV3Config().to_dict()
+    assert {k: v for k, v in ours.items() if v != default[k]} == {}
+
+
+def test_a_llama_with_grouped_queries():
+    c = replace(LLAMA_405B, vocab_size=101, dim=32, n_layers=3, n_heads=8, n_kv_heads=2, inter_dim=56)
+    for tied in (False, True):
+        config = LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.dim,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            intermediate_size=c.inter_dim,
+            tie_word_embeddings=tied,
+        )
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        ours = sum(budget.parameters(replace(c, tie_embeddings=tied)).values())
+        assert ours == sum(p.numel() for p in model.parameters())
