@@ -101,7 +101,7 @@ def test_flops_per_token_of_training_are_those_that_deepseek_published():
 
 
 def test_utilisation_is_the_one_that_deepseek_published():
-    """arXiv:2505.09343 Table 4: 272.80e9 tokens a day on 2,048 GPUs; 38.94% of peak causal, 43.73% without."""
+    """arXiv:2505.09343 Table 4: 272.80e9 tokens a day on 2,048 GPUs; 38.94% of peak causal, else 43.73%."""
     for causal, published in ((True, 0.3894), (False, 0.4373)):
         flops = budget.training_flops(V3, 4096, causal) * 272.80e9
         assert budget.utilisation(flops, gpu_hours=2048 * 24) == pytest.approx(published, rel=0.005)
