@@ -1,0 +1,21 @@
+"""The classroom: exercises, claims, figures, controls and recipes of trained models (the last in mini.lab.recipes)."""
+
+from mini.lab.check import CheckFailed, agree, check, progress
+from mini.lab.claims import claim, ledger
+from mini.lab.figures import PALETTE, mean_interval, show
+from mini.lab.widgets import explore, predict, recall
+
+__all__ = [
+    "PALETTE",
+    "CheckFailed",
+    "agree",
+    "check",
+    "claim",
+    "explore",
+    "ledger",
+    "mean_interval",
+    "predict",
+    "progress",
+    "recall",
+    "show",
+]

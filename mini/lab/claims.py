@@ -1,0 +1,165 @@
+"""Claims: a card that sets a public statement beside what this run measured, and the ledger of all cards."""
+
+import html
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from IPython.display import display
+
+from mini.lab.check import strict
+from mini.lab.figures import PALETTE
+
+MIME = "application/vnd.mini.claim+json"
+VERDICTS = {
+    "reproduced": PALETTE["green"],
+    "in direction": PALETTE["sky"],
+    "not at this scale": PALETTE["orange"],
+    "derived": PALETTE["pink"],
+}
+
+
+def claim(
+    text: str,
+    *,
+    source: str,
+    measured: float | str,
+    holds: bool,
+    verdict: str,
+    n: int | None = None,
+    seeds: int | None = None,
+    interval: tuple[float, float] | None = None,
+    unit: str = "",
+) -> None:
+    """Show a card: what is claimed, where, what was measured here, and the verdict.
+
+    verdict: "reproduced", "in direction" (the sign holds, the size does not), "not at this scale" or "derived"
+    (arithmetic on published figures). holds: whether this run's measurement supports that verdict. If it does not,
+    the card says so, and with MINI_STRICT=1 it raises. n: how many samples; seeds: how many seeds; interval: 95%, (low, high).
+    """
+    if verdict not in VERDICTS:
+        raise ValueError(f"verdict={verdict!r} is none of {', '.join(VERDICTS)}")
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(f"interval={interval} is not (low, high)")
+    if not isinstance(seeds, int | None):
+        raise ValueError(f"seeds={seeds!r} is how many seeds were run, a whole number")
+    card = {
+        "claim": text,
+        "source": source,
+        "measured": f"{number(measured)} {unit}".strip(),
+        "evidence": evidence(n, seeds),
+        "interval": f"{number(interval[0])} to {number(interval[1])}" if interval else "",
+        "verdict": verdict,
+        "holds": bool(holds),
+    }
+    display({"text/plain": _plain(card), "text/html": _html(card), MIME: card}, raw=True)
+    if not holds and strict():
+        raise AssertionError(
+            f"the claim {text!r} was not {verdict!r} on this run: measured {card['measured']}"
+        )
+
+
+def number(value: Any) -> str:
+    """A number for people: 4 significant digits, thousands grouped; whole numbers in full; text as it is."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    value = float(value)
+    if value and not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.3e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def evidence(n: int | None, seeds: int | None) -> str:
+    """n and seeds in words, "" where neither was given."""
+    parts = [f"n = {n:,}"] if n is not None else []
+    parts += [f"{seeds} seed" + "s" * (seeds != 1)] if seeds is not None else []
+    return ", ".join(parts)
+
+
+def ledger(paths: Iterable[str | Path]) -> str:
+    """All cards stored in these executed notebooks, as Markdown: a count by verdict, then a table for each chapter."""
+    chapters = [
+        (_title(nb), _cards(nb))
+        for nb in (nbformat.read(path, as_version=4) for path in sorted(map(Path, paths)))
+    ]
+    cards = [card for _, found in chapters for card in found]
+    counts = Counter(card["verdict"] if card["holds"] else "did not hold" for card in cards)
+    lines = [
+        "# Claims",
+        "",
+        "Collected from the executed notebooks by `python -m tools.claims`; not edited by hand. *Reproduced*: measured here.",
+        "*In direction*: the sign holds here, the size does not. *Not at this scale*: looked for here and not found.",
+        "*Derived*: arithmetic on published figures.",
+        "",
+        *_table(
+            ("verdict", "claims"),
+            [(v, counts[v]) for v in (*VERDICTS, "did not hold") if counts[v]] + [("all", len(cards))],
+        ),
+    ]
+    columns = ("claim", "source", "measured", "evidence", "95% interval", "verdict")
+    for title, found in chapters:
+        rows = [
+            (
+                c["claim"],
+                c["source"],
+                c["measured"],
+                c["evidence"],
+                c["interval"],
+                c["verdict"] if c["holds"] else "did not hold",
+            )
+            for c in found
+        ]
+        lines += ["", f"## {title}", "", *(_table(columns, rows) if rows else ["No claims."])]
+    return "\n".join(lines) + "\n"
+
+
+def _cards(nb: nbformat.NotebookNode) -> list[dict]:
+    outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
+    return [output.data[MIME] for output in outputs if MIME in output.get("data", {})]
+
+
+def _title(nb: nbformat.NotebookNode) -> str:
+    first = next(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    return re.sub(r"^#+\s*", "", first.splitlines()[0])
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (columns, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
+
+
+def _details(card: dict) -> str:
+    return ", ".join(
+        filter(None, (card["evidence"], card["interval"] and f"95% interval {card['interval']}"))
+    )
+
+
+def _verdict(card: dict) -> str:
+    return card["verdict"] if card["holds"] else f"the verdict “{card['verdict']}” did not hold on this run"
+
+
+def _plain(card: dict) -> str:
+    details = _details(card)
+    return (
+        f"Claim: {card['claim']} [{card['source']}]\n"
+        f"Measured: {card['measured']}{f' ({details})' if details else ''}\nVerdict: {_verdict(card)}"
+    )
+
+
+def _html(card: dict) -> str:
+    colour = VERDICTS[card["verdict"]] if card["holds"] else PALETTE["red"]
+    safe = {key: html.escape(str(value)) for key, value in card.items()}
+    details = html.escape(_details(card))
+    return (
+        f'<div style="border-left: 8px solid {colour}; padding: 0.4em 1em; margin: 0.5em 0; max-width: 52em">'
+        f'<div style="font-size: 1.1em"><b>{safe["claim"]}</b></div>'
+        f'<div style="opacity: 0.8">{safe["source"]}</div>'
+        f"<div>Measured here: <b>{safe['measured']}</b>{f' ({details})' if details else ''}</div>"
+        f"<div>Verdict: <b>{html.escape(_verdict(card))}</b></div></div>"
+    )
