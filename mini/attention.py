@@ -52,13 +52,17 @@ def attend(
     if h % g:
         raise ValueError(f"{g} key-value heads do not divide {h} query heads; use a divisor of {h}")
     if causal and t > s:
-        raise ValueError(f"{t} queries but only {s} keys: a causal query needs its own key; pass causal=False")
+        raise ValueError(
+            f"{t} queries but only {s} keys: a causal query needs its own key; pass causal=False"
+        )
     if g != h:
         k, v = (repeat(x, "b g s d -> b (g r) s d", r=h // g) for x in (k, v))
     if mask is None and causal and 1 < t < s:
         mask = causal_mask(t, s, q.device)
     # One query that is the last position sees everything, so it needs no mask at all.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None and t > 1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None and t > 1
+    )
 
 
 def rope_table(
@@ -113,7 +117,9 @@ class KVCache:
         """Write the keys and values of t new positions; return those of all s positions so far."""
         end = self.length + k.shape[2]
         if end > self.k.shape[2]:
-            raise ValueError(f"position {end} is past the cache's {self.k.shape[2]}; make it longer or stop earlier")
+            raise ValueError(
+                f"position {end} is past the cache's {self.k.shape[2]}; make it longer or stop earlier"
+            )
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end
@@ -135,10 +141,14 @@ class Attention(nn.Module):
         if dim % n_heads:
             fits = [n for n in range(1, dim + 1) if dim % n == 0 and (dim // n) % 2 == 0]
             near = sorted(sorted(fits, key=lambda n: abs(n - n_heads))[:2])
-            raise ValueError(f"n_heads={n_heads} does not divide dim={dim}; try {' or '.join(map(str, near))}")
+            raise ValueError(
+                f"n_heads={n_heads} does not divide dim={dim}; try {' or '.join(map(str, near))}"
+            )
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads or n_heads, dim // n_heads
         if n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; use a divisor of {n_heads}")
+            raise ValueError(
+                f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; use a divisor of {n_heads}"
+            )
         self.wqkv = nn.Linear(dim, (n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
 

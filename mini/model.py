@@ -1,4 +1,4 @@
-"""A language model: embed tokens, let attention and feed-forward layers refine them, score the next token. Chapter 02.
+"""A language model: embed tokens, refine them layer by layer, score the next token. Chapter 02.
 
 The layout of Llama and of DeepSeek's dense layers: RMSNorm before each part, RoPE, SwiGLU, no biases.
 """
@@ -75,7 +75,12 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.dim, config.inter_dim)
 
     def forward(
-        self, x: Float[Tensor, "b t dim"], cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None
+        self,
+        x: Float[Tensor, "b t dim"],
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        mask: Tensor | None,
     ) -> Float[Tensor, "b t dim"]:
         x = x + self.attn(self.attn_norm(x), cos, sin, cache, mask)
         return x + self.ffn(self.ffn_norm(x))
@@ -90,9 +95,9 @@ class Transformer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         for name, chapter in (("kv_lora_rank", "03"), ("n_routed_experts", "04")):
-            if getattr(config, name):
+            if value := getattr(config, name):
                 raise ValueError(
-                    f"{name}={getattr(config, name)}: Transformer does not build this part (chapter {chapter}); set it to 0"
+                    f"{name}={value}: Transformer does not build this yet (chapter {chapter}); set it to 0"
                 )
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
@@ -110,7 +115,8 @@ class Transformer(nn.Module):
         """One empty cache a layer, for `batch` sequences of up to `max_len` positions."""
         attn = self.layers[0].attn
         return [
-            KVCache(batch, attn.n_kv_heads, max_len, attn.head_dim, self.embed.weight.device) for _ in self.layers
+            KVCache(batch, attn.n_kv_heads, max_len, attn.head_dim, self.embed.weight.device)
+            for _ in self.layers
         ]
 
     def hidden(
@@ -142,7 +148,10 @@ class Transformer(nn.Module):
         return F.linear(x, self.embed.weight if self.head is None else self.head.weight)
 
     def forward(
-        self, tokens: Int[Tensor, "b t"], cache: list[KVCache] | None = None, pad: Int[Tensor, "b"] | None = None
+        self,
+        tokens: Int[Tensor, "b t"],
+        cache: list[KVCache] | None = None,
+        pad: Int[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b t vocab"]:
         return self.logits(self.hidden(tokens, cache, pad))
 

@@ -41,7 +41,9 @@ def stack_prompts(prompts: Tensor | Sequence[Sequence[int]], vocab_size: int) ->
     """Prompts as one [b, t] matrix, shorter ones filled on the left, and each row's number of filler slots."""
     rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
     if not rows or any(r.dim() != 1 for r in rows):
-        raise ValueError("prompts must be a list of token lists or a [batch, time] tensor; wrap a single prompt in a list")
+        raise ValueError(
+            "prompts must be a list of token lists or a [batch, time] tensor; wrap a single prompt in a list"
+        )
     for i, r in enumerate(rows):
         if len(r) == 0:
             raise ValueError(f"prompt {i} is empty; give it at least one token")
@@ -72,7 +74,9 @@ def sample(
     (0, 1], or a text longer than the model's max_seq_len.
     """
     if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} is below 0; use 0 for the most likely token, 1 for the model's own odds")
+        raise ValueError(
+            f"temperature={temperature} is below 0; use 0 for the most likely token, 1 for the model's own odds"
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} is outside (0, 1]; use 1 to allow every token")
     if max_new_tokens < 1:

@@ -4,8 +4,11 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,6 +49,8 @@ class Settings:
         return min(1.0, up, down)
 
 
+ROW = ("step", "tokens", "loss", "grad_norm", "seconds", "lr")
+SHOWN = ("loss", "grad_norm")  # the progress bar shows these, and whatever `evaluate` adds
 Batch = Callable[[int], Tensor]
 Loss = Callable[[nn.Module, Tensor], Tensor]
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -94,7 +99,7 @@ def train(
     device = next(model.parameters()).device
     tokens, seconds = (history[-1]["tokens"], history[-1]["seconds"]) if history else (0, 0.0)
     bar = tqdm(total=settings.steps, initial=len(history), desc="training", unit="step", disable=not progress)
-    try:
+    with bar, finish_step_on_interrupt() as interrupted:
         for step in range(len(history), settings.steps):
             start = time.perf_counter()
             model.train()
@@ -103,37 +108,61 @@ def train(
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             if not math.isfinite(value.item()):
-                raise FloatingPointError(f"the loss is {value.item()} at step {step}; lower lr={settings.lr} or matrix_lr")
+                raise FloatingPointError(
+                    f"loss {value.item()} at step {step}; lower lr={settings.lr} and matrix_lr={settings.matrix_lr}"
+                )
             for optimizer in opts:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * settings.rate(step)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
             seconds += time.perf_counter() - start
             tokens += data.numel()
-            row = dict(step=step + 1, tokens=tokens, loss=value.item(), grad_norm=norm.item(), seconds=seconds)
-            row["lr"] = settings.lr * settings.rate(step)
+            row = dict(step=step + 1, tokens=tokens, loss=value.item(), grad_norm=norm.item())
+            row |= dict(lr=settings.lr * settings.rate(step), seconds=seconds)
             last = step + 1 == settings.steps
-            if evaluate is not None and (last or (settings.eval_every and (step + 1) % settings.eval_every == 0)):
+            if evaluate is not None and (
+                last or (settings.eval_every and (step + 1) % settings.eval_every == 0)
+            ):
                 model.eval()
                 row |= evaluate(model)
             history.append(row)
             bar.update()
-            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k not in TIMING}, refresh=False)
-            if checkpoint is not None and ((step + 1) % settings.save_every == 0 or last):
+            bar.set_postfix(
+                {k: f"{v:.3f}" for k, v in row.items() if k in SHOWN or k not in ROW}, refresh=False
+            )
+            if checkpoint is not None and (last or interrupted or (step + 1) % settings.save_every == 0):
                 save_run(checkpoint, model, opts, settings, history)
-    except KeyboardInterrupt:
-        # The last step may be half done, so the file keeps the last saved step: a rerun goes on from there.
-        if checkpoint is not None:
-            print(f"interrupted at step {len(history)}; run this again to go on from {checkpoint}")
-        raise
-    finally:
-        bar.close()
+            if interrupted:
+                kept = (
+                    f"saved; run this again to go on from {checkpoint}" if checkpoint else "nothing was saved"
+                )
+                raise KeyboardInterrupt(f"stopped after step {step + 1} of {settings.steps}: {kept}")
     model.eval()
     return history
 
 
-TIMING = ("step", "tokens", "seconds", "lr")
+@contextmanager
+def finish_step_on_interrupt() -> Iterator[list[bool]]:
+    """Hold Ctrl-C (Jupyter's stop button) back until the step is whole: the yielded list then has an entry.
+
+    A second Ctrl-C acts at once. Outside the main thread Python delivers no signals, and nothing changes.
+    """
+    asked: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(signum: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def save_run(path, model: nn.Module, opts, settings: Settings, history: list[dict[str, float]]) -> None:
@@ -157,7 +186,9 @@ def resume(path, model: nn.Module, opts, settings: Settings) -> list[dict[str, f
                 f"{path} was saved with {name}={theirs.get(name)}, this run has {name}={ours[name]}; "
                 "use the same settings, or another checkpoint file for a new run"
             )
-    load_weights(model, {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}, path)
+    load_weights(
+        model, {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}, path
+    )
     for i, optimizer in enumerate(opts):
         whole = optimizer.state_dict()
         for key, t in tensors.items():
@@ -169,7 +200,7 @@ def resume(path, model: nn.Module, opts, settings: Settings) -> list[dict[str, f
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Copy `tensors` into the model, or raise ValueError naming the first that is missing, strange or of another shape."""
+    """Copy `tensors` into the model; ValueError names the first that is missing, unknown or of another shape."""
     own = model.state_dict()
     for name in own.keys() | tensors.keys():
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
@@ -186,7 +217,9 @@ def save(path: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:
     was. Raises OSError that says how much room is missing.
     """
     path = Path(path)
-    data = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}, {"facts": json.dumps(facts)})
+    data = safetensors.torch.save(
+        {k: t.contiguous() for k, t in tensors.items()}, {"facts": json.dumps(facts)}
+    )
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +245,8 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as f:
             facts = json.loads((f.metadata() or {})["facts"])
-            return {name: f.get_tensor(name) for name in f.keys()}, facts
+            return {name: f.get_tensor(name) for name in f.keys()}, facts  # noqa: SIM118 (not a dict)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a file that mini saved, or it is damaged ({error}); remove it and train again") from error
+        raise ValueError(
+            f"{path} is damaged or was not saved by mini ({error}); remove it and train again"
+        ) from error

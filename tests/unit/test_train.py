@@ -1,0 +1,237 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mini.model import Config, Transformer
+from mini.train import Settings, load, load_weights, save, train
+
+CONFIG = Config(vocab_size=20, dim=16, n_layers=1, n_heads=2, inter_dim=24, max_seq_len=16)
+
+
+def fresh(seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(CONFIG)
+
+
+def batch(step: int) -> torch.Tensor:
+    """Counting modulo 20 from a random start: a rule that a model can learn in a few steps."""
+    start = torch.randint(20, (8, 1), generator=torch.Generator().manual_seed(step))
+    return (start + torch.arange(13)) % 20
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("matrix_lr", [0.02, 0.0])
+def test_training_learns_what_can_be_learned(matrix_lr):
+    model = fresh()
+    history = train(model, batch, Settings(steps=120, lr=1e-2, matrix_lr=matrix_lr), progress=False)
+    assert history[0]["loss"] > 2.5
+    assert history[-1]["loss"] < 0.1
+    assert [row["step"] for row in history] == list(range(1, 121))
+    assert history[-1]["tokens"] == 120 * 8 * 13
+
+
+def test_training_on_noise_does_not_get_below_chance():
+    def noise(step):
+        return torch.randint(20, (8, 13), generator=torch.Generator().manual_seed(step))
+
+    history = train(fresh(), noise, Settings(steps=60, lr=1e-2), progress=False)
+    assert sum(row["loss"] for row in history[-20:]) / 20 > 2.95  # ln 20 = 2.996
+
+
+def test_the_rate_rises_holds_and_falls():
+    settings = Settings(steps=100, warmup=10, decay=0.5)
+    rates = [settings.rate(i) for i in range(101)]
+    assert rates[0] == 0.1
+    assert rates[9:51] == [1.0] * 42
+    assert rates[75] == 0.5
+    assert rates[100] == 0.0
+
+
+@pytest.mark.parametrize("matrix_lr", [0.02, 0.0])
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, matrix_lr):
+    settings = Settings(steps=30, matrix_lr=matrix_lr, save_every=10)
+    whole = fresh()
+    history = train(whole, batch, settings, progress=False)
+
+    def broken(step):
+        if step == 17:
+            raise RuntimeError("power cut")
+        return batch(step)
+
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(fresh(), broken, settings, checkpoint=path, progress=False)
+    resumed = fresh(seed=1)  # its own weights must not matter
+    again = train(resumed, batch, settings, checkpoint=path, progress=False)
+    assert same(whole, resumed)
+    assert [row["loss"] for row in again] == [row["loss"] for row in history]
+
+
+RUN = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_train import Settings, batch, fresh, train
+def slow(step):
+    time.sleep(0.02)
+    return batch(step)
+train(fresh(), slow, Settings(steps=60, save_every=5), checkpoint={path!r}, progress=False)
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, stop):
+    if sys.platform == "win32":
+        pytest.skip("Windows has no SIGKILL")
+    path = tmp_path / "run.safetensors"
+    code = RUN.format(tests=os.path.dirname(__file__), path=str(path))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(stop)
+    errors = process.communicate()[1]
+    assert process.returncode != 0
+    kept = len(load(path)[1]["history"])
+    assert 5 <= kept < 60
+    if stop == signal.SIGINT:
+        assert f"stopped after step {kept} of 60: saved; run this again" in errors
+    settings = Settings(steps=60, save_every=5)
+    resumed, whole = fresh(seed=2), fresh()
+    train(resumed, batch, settings, checkpoint=path, progress=False)
+    train(whole, batch, settings, progress=False)
+    assert same(whole, resumed)
+
+
+def test_a_finished_run_is_loaded_not_repeated(tmp_path):
+    settings = Settings(steps=5)
+    first, second = fresh(), fresh(seed=1)
+    train(first, batch, settings, checkpoint=tmp_path / "run", progress=False)
+
+    def forbidden(step):
+        raise AssertionError("trained again")
+
+    train(second, forbidden, settings, checkpoint=tmp_path / "run", progress=False)
+    assert same(first, second)
+
+
+def test_evaluate_is_called_when_asked_and_at_the_end():
+    calls = []
+
+    def evaluate(model):
+        assert not model.training
+        calls.append(1)
+        return {"score": float(len(calls))}
+
+    history = train(fresh(), batch, Settings(steps=7, eval_every=3), evaluate=evaluate, progress=False)
+    assert {row["step"]: row["score"] for row in history if "score" in row} == {3: 1.0, 6: 2.0, 7: 3.0}
+
+
+def test_a_diverged_run_stops_and_says_where():
+    def bad(model, data):
+        return model(data[:, :-1]).sum() * float("nan")
+
+    with pytest.raises(FloatingPointError, match=r"loss nan at step 0; lower lr=0.003"):
+        train(fresh(), batch, Settings(steps=3), loss=bad, progress=False)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "run"
+    train(fresh(), batch, Settings(steps=5), checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match=r"saved with steps=5, this run has steps=6"):
+        train(fresh(), batch, Settings(steps=6), checkpoint=path, progress=False)
+    wider = Transformer(Config(vocab_size=20, dim=32, n_layers=1, n_heads=2, inter_dim=24))
+    with pytest.raises(ValueError, match=r"does not fit this model"):
+        train(wider, batch, Settings(steps=5), checkpoint=path, progress=False)
+    save(path, {}, {"kind": "something else"})
+    with pytest.raises(ValueError, match="holds no training run"):
+        train(fresh(), batch, Settings(steps=5), checkpoint=path, progress=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tensor file", b"\x80\x04\x95pickle"])
+def test_a_broken_file_is_refused(tmp_path, content):
+    path = tmp_path / "run"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged or was not saved by mini.*remove it"):
+        load(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "run"
+    save(path, fresh().state_dict(), {})
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*gone"):
+        load(tmp_path / "gone")
+
+
+def test_save_and_load_keep_everything(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "transposed": torch.randn(3, 4).T, "whole": torch.arange(3)}
+    save(tmp_path / "deep" / "file", tensors, {"name": "ü", "list": [1, None]})
+    again, facts = load(tmp_path / "deep" / "file")
+    assert facts == {"name": "ü", "list": [1, None]}
+    assert all(torch.equal(tensors[k], again[k]) for k in tensors)
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    save(path, {"w": torch.ones(4)}, {})
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"could not save .* MB to .*No space left.*untouched") as caught:
+        save(path, {"w": torch.zeros(4)}, {})
+    assert caught.value.errno == errno.ENOSPC
+    assert torch.equal(load(path)[0]["w"], torch.ones(4))
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file size")
+def test_a_write_that_really_fails_keeps_the_old_file(tmp_path):
+    """The kernel itself refuses to write past 4 KB, as it would past the end of a disk."""
+    path = tmp_path / "weights"
+    save(path, {"w": torch.ones(4)}, {})
+    code = (
+        "import resource, signal, sys, torch; from mini.train import save;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "save(sys.argv[1], {'w': torch.zeros(10_000)}, {})"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "could not save 0.0 MB" in run.stderr
+    assert torch.equal(load(path)[0]["w"], torch.ones(4))
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+def test_weights_that_do_not_fit_are_named():
+    model = fresh()
+    weights = model.state_dict() | {"extra": torch.ones(1)}
+    with pytest.raises(
+        ValueError, match=r"file\.x does not fit this model: extra is \(1,\) there and missing here"
+    ):
+        load_weights(model, weights, "file.x")
+
+
+@pytest.mark.parametrize("changes", [dict(steps=0), dict(steps=1, decay=1.5)])
+def test_bad_settings_are_refused(changes):
+    with pytest.raises(ValueError, match=r"steps=0|decay=1.5"):
+        Settings(**changes)
