@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_OURS = {"pip", "setuptools", "wheel", "deepseek-in-miniature"}
 HEADER = """\
 # Exact versions that the tests pass with; every install here uses this file (pip install -c constraints.txt).
-# Made by `make constraints`. A constraint installs nothing by itself, so a line for another platform is harmless.
+# Made by `make constraints`. A constraint installs nothing: a line for another platform is harmless.
 """
 
 

@@ -1,8 +1,8 @@
 """Make .venv and install the course into it, once: `python tools/install.py lab` (or `test`).
 
 Uses nothing but the standard library, and syntax that an old Python can read, so that an old Python gets a
-clear sentence instead of a SyntaxError. Safe to repeat, and after an interrupt: a finished installation leaves
-a stamp with a digest of what it was made from, and an unfinished one leaves a mark and is made afresh.
+clear sentence instead of a SyntaxError. Safe to repeat, and after an interrupt: a finished installation
+leaves a stamp with a digest of what it was made from; an unfinished one leaves a mark and is made afresh.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def digest(root, version):
 
 
 def venv_python(venv=VENV):
-    return os.path.join(venv, "Scripts", "python.exe") if os.name == "nt" else os.path.join(venv, "bin", "python")
+    return os.path.join(venv, *(["Scripts", "python.exe"] if os.name == "nt" else ["bin", "python"]))
 
 
 def version_of(python):
@@ -92,7 +92,7 @@ def make_venv():
 
 
 def install(extra, torch_index):
-    """pip's own output shows the progress. A failure leaves what was there before; an interrupt leaves the mark."""
+    """Run pip, whose own output shows the progress. An interrupt leaves the mark; a failure does not."""
     say("Installing the course with [%s]: about 1.5 GB, some minutes the first time" % extra)
     if sys.platform == "linux" and not torch_index and shutil.which("nvidia-smi") is None:
         say(
@@ -108,7 +108,7 @@ def install(extra, torch_index):
         sys.exit(1)
     os.remove(UNFINISHED)
     if code:
-        sys.exit("pip could not install the course; its own message is above. Put that right, then repeat the command.")
+        sys.exit("pip could not install the course: see its message above, put it right, and repeat.")
     with open(stamp(extra), "w") as file:
         file.write(digest(ROOT, version_of(venv_python())))
 
@@ -116,8 +116,8 @@ def install(extra, torch_index):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Make .venv and install the course into it, once.")
     parser.add_argument("extra", choices=sorted(CONTAINED_IN), nargs="?", default="lab")
-    parser.add_argument("--fits", action="store_true", help="only say by the exit code whether this Python can be used")
-    parser.add_argument("--this-python", action="store_true", help="make .venv anew if it was made with another Python")
+    parser.add_argument("--fits", action="store_true", help="exit with 0 if this Python can be used")
+    parser.add_argument("--this-python", action="store_true", help="replace a .venv of another Python")
     parser.add_argument("--torch-index", default="", help="address of PyTorch's CPU wheels, see README.md")
     options = parser.parse_args(arguments)
 
@@ -127,13 +127,16 @@ def main(arguments=None):
         sys.exit(trouble or 0)
 
     version = version_of(venv_python())
-    other = options.this_python and version != sys.version_info[:2]
-    if version and not other and not os.path.exists(UNFINISHED) and is_installed(options.extra, version=version):
+    interrupted = os.path.exists(UNFINISHED)
+    usable = version is not None and not interrupted
+    if options.this_python and version != sys.version_info[:2]:
+        usable = False
+    if usable and is_installed(options.extra, version=version):
         return
     started = time.time()
-    if os.path.exists(UNFINISHED):
+    if interrupted:
         say("The last installation was interrupted: starting afresh")
-    if version is None or other or os.path.exists(UNFINISHED):
+    if not usable:
         make_venv()
     install(options.extra, options.torch_index)
     say("Installed in %.0f s" % (time.time() - started))

@@ -1,4 +1,4 @@
-"""Copy the chapters into my/ and open JupyterLab on the first: `python -m tools.start [00] [Lab's own options]`.
+"""Copy the chapters into my/ and open JupyterLab on one: `python -m tools.start [00] [Lab's own options]`.
 
 Standard library only, and the same on every system: `make lab` ends with it, and so do the lines by hand.
 """
@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def copy_chapters(chapters: Path, mine: Path) -> list[Path]:
     """Copy each notebook of `chapters` that `mine` does not have yet; returns the new copies.
 
-    A copy that is there is the learner's and stays as it is, whatever is in it. A copy appears whole or not at
-    all (written beside its place, then renamed), so an interrupt leaves no half notebook.
+    A copy that is there is the learner's and stays as it is, whatever is in it. A copy appears whole or not
+    at all (written beside its place, then renamed), so an interrupt leaves no half notebook.
     """
     notebooks = sorted(chapters.glob("*.ipynb"))
     if not notebooks:
-        raise FileNotFoundError(f"there are no notebooks in {chapters}; is this the course's folder, and complete?")
+        raise FileNotFoundError(f"there are no notebooks in {chapters}; is the course's folder complete?")
     mine.mkdir(exist_ok=True)
     new = []
     for notebook in notebooks:
@@ -50,7 +50,7 @@ def lab_command(notebook: Path, options: list[str]) -> list[str]:
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebook.parent}"]
     command += [f"--LabApp.default_url=/lab/tree/{notebook.name}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command += ["--allow-root"]  # in a container one is often root, and the server listens on localhost only
+        command += ["--allow-root"]  # one is often root in a container; the server listens on localhost only
     return command + options
 
 
@@ -81,7 +81,8 @@ def main(arguments: list[str]) -> int:
         print(f"· Kept as you left them: the chapters already in my/ ({kept})")
     print(f"· Opening JupyterLab on my/{notebook.name}. To stop it: Ctrl-C here, then y.", flush=True)
     try:
-        return subprocess.run(lab_command(notebook, options), env=lab_environment(dict(os.environ))).returncode
+        command, environment = lab_command(notebook, options), lab_environment(dict(os.environ))
+        return subprocess.run(command, env=environment).returncode
     except KeyboardInterrupt:
         return 0
 

@@ -1,0 +1,201 @@
+"""A real JupyterLab, started as `make lab` starts it, driven through a real Chromium as a learner would.
+
+Skipped where Chromium is not there, unless MINI_BROWSER=required. Screenshots land in tests/artifacts/browser.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
+
+from tools.start import ROOT, copy_chapters, lab_command, lab_environment
+
+pytestmark = pytest.mark.browser
+
+CHAPTERS = sorted(path.name for path in (ROOT / "chapters").glob("*.ipynb"))
+ARTIFACTS = ROOT / "tests" / "artifacts" / "browser"
+HERE = {"127.0.0.1", "localhost"}
+# Chromium's own chatter (updates, sync, look-ups) is not the course's; without it any outside request is ours.
+QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-gpu", "--disable-quic"]
+QUIET += ["--disable-sync", "--no-first-run"]
+
+
+def find_chromium() -> str | None:
+    names = [os.environ.get("MINI_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "chrome"]
+    return next(filter(None, map(shutil.which, filter(None, names))), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = find_chromium()
+    if chromium is None:
+        reason = "no Chromium on PATH; install it (Debian: apt install chromium) or set MINI_CHROMIUM to its path"
+        if os.environ.get("MINI_BROWSER") == "required":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    with sync_playwright() as playwright:
+        args = [*QUIET, *(["--no-sandbox"] if root else [])]
+        browser = playwright.chromium.launch(executable_path=chromium, args=args)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def outside() -> Iterator[tuple[str, list[str]]]:
+    """A proxy that goes nowhere and remembers who asked: the first line of each request to another machine."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    asked: list[str] = []
+
+    def listen() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.settimeout(2)
+                asked.append(connection.recv(4096).decode(errors="replace").split("\r\n")[0])
+
+    threading.Thread(target=listen, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
+    listener.close()
+
+
+@pytest.fixture(scope="module")
+def lab(outside: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a running JupyterLab, with its token, on a fresh learner's my/."""
+    folder = tmp_path_factory.mktemp("learner")
+    copies = copy_chapters(ROOT / "chapters", folder / "my")
+    proxy, _ = outside
+    environment = lab_environment(dict(os.environ)) | {
+        "HOME": str(folder),  # no settings or caches of whoever runs the tests
+        "MINI_HOME": os.environ.get("MINI_HOME", str(folder / "mini")),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+        "HTTP_PROXY": proxy,
+        "HTTPS_PROXY": proxy,
+        "ALL_PROXY": proxy,
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+    command = lab_command(copies[0], ["--no-browser", "--port=0"])
+    ARTIFACTS.mkdir(parents=True, exist_ok=True)
+    with (ARTIFACTS / "lab.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield wait_for_server(server, folder / "runtime")
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def wait_for_server(server: subprocess.Popen, runtime: Path, seconds: float = 60) -> str:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and server.poll() is None:
+        for path in runtime.glob("jpserver-*.json"):
+            facts = json.loads(path.read_text())
+            assert facts["token"], "the server runs without a token"
+            try:
+                socket.create_connection(("127.0.0.1", facts["port"]), timeout=1).close()
+            except OSError:
+                continue
+            return f"http://127.0.0.1:{facts['port']}/lab/tree/{{}}?reset&token={facts['token']}"
+        time.sleep(0.1)
+    pytest.fail(f"JupyterLab did not start within {seconds} s; see {ARTIFACTS / 'lab.log'}")
+
+
+def run_all(page: Page, seconds: float) -> None:
+    """Run > Run All Cells, then wait until no cell waits and the last code cell has its number."""
+    page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
+    page.locator(".lm-Menu-item", has_text=re.compile("^Run All Cells$")).click()
+    page.wait_for_function(
+        r"""() => {
+            const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputArea-prompt')]
+                .map(prompt => prompt.textContent.trim());
+            return prompts.length > 0 && !prompts.some(text => text.includes('*'))
+                && /\[\d+\]/.test(prompts[prompts.length - 1]);
+        }""",
+        timeout=seconds * 1000,
+    )
+
+
+def photograph(page: Page, name: str, at_most: int = 40) -> None:
+    """One screenshot a screenful, top to bottom."""
+    scroller = page.locator(".jp-Notebook .jp-WindowedPanel-outer")
+    height = scroller.evaluate("element => element.clientHeight")
+    for number in range(at_most):
+        scroller.evaluate(f"element => element.scrollTo(0, {number * height})")
+        page.wait_for_timeout(250)
+        page.screenshot(path=ARTIFACTS / f"{name}-{number:02d}.png")
+        if scroller.evaluate("element => element.scrollTop + element.clientHeight >= element.scrollHeight - 2"):
+            return
+
+
+def move(slider: Locator, page: Page) -> float:
+    """One step to the right (or left, at the end); returns the seconds until the figure beside it changed."""
+    slider.scroll_into_view_if_needed()
+    area = slider.locator("xpath=ancestor::*[contains(@class, 'jp-OutputArea')][.//img][1]")
+    figure = area.locator("img").first
+    before = figure.get_attribute("src")
+    slider.focus()
+    value, largest = (float(slider.get_attribute(name)) for name in ("aria-valuenow", "aria-valuemax"))
+    started = time.monotonic()
+    page.keyboard.press("ArrowLeft" if value >= largest else "ArrowRight")
+    while figure.get_attribute("src") == before:
+        assert time.monotonic() - started < 10, "the slider moved and the figure did not change"
+        page.wait_for_timeout(10)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_runs_in_the_browser(chapter, browser, lab, outside):
+    errors: list[str] = []
+    requests: list[str] = []
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, reduced_motion="reduce")
+    page = context.new_page()
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("websocket", lambda socket: requests.append(socket.url))
+
+    page.goto(lab.format(chapter))
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
+    page.screenshot(path=ARTIFACTS / f"{chapter}-opened.png")
+    run_all(page, seconds=300)
+    photograph(page, chapter)
+
+    notebook = page.locator(".jp-Notebook")
+    failed = notebook.locator('[data-mime-type="application/vnd.jupyter.error"]')
+    assert failed.count() == 0, failed.first.inner_text()
+    sliders = notebook.locator(".noUi-handle")
+    if sliders.count():
+        seconds = move(sliders.first, page)
+        page.screenshot(path=ARTIFACTS / f"{chapter}-slider.png")
+        print(f"{chapter}: the figure changed {1000 * seconds:.0f} ms after the slider moved")
+
+    menus = page.locator(".lm-MenuBar-item").all_inner_texts()
+    assert "nbgrader" not in " ".join(menus).lower()
+    assert page.locator("[title*=nbgrader i], [title*=assignment i], [title*=jupytext i]").count() == 0
+    assert page.locator(".jp-toast-button, .Toastify__toast").count() == 0, "a pop-up greets the learner"
+
+    strangers = [url for url in requests if urlsplit(url).scheme not in ("data", "blob")]
+    strangers = [url for url in strangers if urlsplit(url).hostname not in HERE]
+    assert strangers == [], "the page asked another machine"
+    assert outside[1] == [], "the server or a kernel asked another machine"
+    assert errors == [], "errors in the browser's console"
+    context.close()
+
+
+def test_a_chapter_has_a_slider():
+    """So that the test above cannot pass without having moved one."""
+    assert any("explore(" in (ROOT / "chapters" / name).read_text(encoding="utf-8") for name in CHAPTERS)
