@@ -1,4 +1,4 @@
-"""The classroom: exercises, claims, figures, controls and recipes of trained models (the last in mini.lab.recipes)."""
+"""The classroom: exercises, claims, figures, controls. Recipes of trained models are in `mini.lab.recipes`."""
 
 from mini.lab.check import CheckFailed, agree, check, progress
 from mini.lab.claims import claim, ledger

@@ -1,4 +1,4 @@
-"""Exercises: `check` runs a check cell, `agree` compares an answer with the reference and names what is wrong with it."""
+"""Exercises: `check` runs a check cell, `agree` compares an answer with the reference and says what is wrong."""
 
 import copy
 import dataclasses
@@ -6,7 +6,7 @@ import math
 import os
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,12 +23,14 @@ class CheckFailed(AssertionError):
 class check:
     """Context manager around the body of a check cell: `with check("1.2", points=2): agree(...)`.
 
-    Passed prints one line. An exercise that is still the stub prints one friendly line and the notebook goes on;
-    under nbgrader (NBGRADER_EXECUTION) and with MINI_STRICT=1 it raises. Anything wrong raises CheckFailed.
+    Passed prints one line. An exercise that is still the stub prints one friendly line and the notebook goes
+    on; under nbgrader (NBGRADER_EXECUTION) and with MINI_STRICT=1 it raises. Anything wrong raises CheckFailed.
     """
 
     current: "check | None" = None
-    record: dict[str, tuple[bool, int]] = {}  # exercise -> (passed, points), for this kernel's session
+    record: ClassVar[
+        dict[str, tuple[bool, int]]
+    ] = {}  # exercise -> (passed, points), in this kernel's session
 
     def __init__(self, exercise: str, points: int = 1) -> None:
         self.exercise, self.points, self.compared, self.mistakes = exercise, points, 0, 0
@@ -83,12 +85,12 @@ def agree(
 ) -> None:
     """Raise CheckFailed, with a diagnosis, unless the answer equals the reference.
 
-    A function is compared on `cases`, each a tuple of arguments; it gets its own copies, and a fixed random seed.
-    Where `reference` raises ValueError, so must `mine`. Without cases, `mine` and `reference` are plain values.
-    Integers have to be equal, unless `rtol` is given; for floats it is 1e-5 unless given.
-    `mistakes` gives known wrong answers by their description in words (functions of the same arguments, or values):
-    an answer that equals one of them is told so. With MINI_STRICT=1 each of them is tried on a passed check, and
-    has to fail and be named.
+    A function is compared on `cases`, each a tuple of arguments; it gets its own copies, and a fixed random
+    seed. Where `reference` raises ValueError, so must `mine`. Without cases both are plain values. Integers have
+    to be equal unless `rtol` is given; for floats it is 1e-5 unless given.
+    `mistakes` gives known wrong answers (functions of the same arguments, or values) by their description in
+    words: an answer that equals one of them is told so. With MINI_STRICT=1 each of them is tried once the answer
+    has passed, and has to fail and be named.
     """
     mistakes = dict(mistakes or {})
     cases = None if cases is None else [case if isinstance(case, tuple) else (case,) for case in cases]
@@ -263,7 +265,8 @@ def _unlike_tensors(mine: Tensor, reference: Tensor, atol: float, rtol: float | 
     for what, test in (("NaN", torch.isnan), ("infinite", torch.isinf)):
         odd = test(mine) & ~test(reference)
         if odd.any():
-            return f"yours is {what} at {_index(odd)} ({int(odd.sum())} of {odd.numel()} values), expected {_at(reference, odd)}"
+            many = f"{int(odd.sum())} of {odd.numel()} values"
+            return f"yours is {what} at {_index(odd)} ({many}), expected {_at(reference, odd)}"
     bad = ~torch.isclose(mine, reference, rtol=rtol, atol=atol if floating else 0, equal_nan=True)
     if not bad.any():
         return None

@@ -36,9 +36,10 @@ def claim(
 ) -> None:
     """Show a card: what is claimed, where, what was measured here, and the verdict.
 
-    verdict: "reproduced", "in direction" (the sign holds, the size does not), "not at this scale" or "derived"
-    (arithmetic on published figures). holds: whether this run's measurement supports that verdict. If it does not,
-    the card says so, and with MINI_STRICT=1 it raises. n: how many samples; seeds: how many seeds; interval: 95%, (low, high).
+    verdict: "reproduced", "in direction" (the sign holds, the size does not), "not at this scale" (looked for
+    and not found) or "derived" (arithmetic on published figures). holds: whether this run's measurement supports
+    that verdict; if not, the card says so, and with MINI_STRICT=1 it raises. n: how many samples; seeds: how many
+    seeds; interval: 95%, as (low, high).
     """
     if verdict not in VERDICTS:
         raise ValueError(f"verdict={verdict!r} is none of {', '.join(VERDICTS)}")
@@ -82,7 +83,7 @@ def evidence(n: int | None, seeds: int | None) -> str:
 
 
 def ledger(paths: Iterable[str | Path]) -> str:
-    """All cards stored in these executed notebooks, as Markdown: a count by verdict, then a table for each chapter."""
+    """All cards stored in executed notebooks, as Markdown: a count by verdict, then a table for each chapter."""
     chapters = [
         (_title(nb), _cards(nb))
         for nb in (nbformat.read(path, as_version=4) for path in sorted(map(Path, paths)))
@@ -92,9 +93,9 @@ def ledger(paths: Iterable[str | Path]) -> str:
     lines = [
         "# Claims",
         "",
-        "Collected from the executed notebooks by `python -m tools.claims`; not edited by hand. *Reproduced*: measured here.",
-        "*In direction*: the sign holds here, the size does not. *Not at this scale*: looked for here and not found.",
-        "*Derived*: arithmetic on published figures.",
+        "Collected from the executed notebooks by `python -m tools.claims`, not edited by hand.",
+        "*Reproduced*: measured here. *In direction*: the sign holds here, the size does not.",
+        "*Not at this scale*: looked for here and not found. *Derived*: arithmetic on published figures.",
         "",
         *_table(
             ("verdict", "claims"),

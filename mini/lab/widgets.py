@@ -25,10 +25,10 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 def explore(draw: Callable[..., Figure], alt: str, **controls: Any) -> None:
     """Show a figure with controls that redraw it at once: `draw(**values)` returns it for their values.
 
-    Each control is named after an argument of `draw` and is an ipywidget, or (low, high) or (low, high, step) for a
-    slider, a list for a choice, True or False for a tick box, a string for a text field. A slider starts in the middle;
-    pass an ipywidget with a `description` to choose start, words and unit ("learning rate", "tokens, in billions").
-    The first figure is kept as a plain picture too, for GitHub and wherever no kernel runs.
+    Each control is named after an argument of `draw` and is an ipywidget, or (low, high) or (low, high, step) for
+    a slider, a list for a choice, True or False for a tick box, a string for a text field. A slider starts in the
+    middle; pass an ipywidget with a `description` to choose the start, the words and the unit ("tokens, in
+    billions"). The first figure is kept as a plain picture too, for GitHub and wherever no kernel runs.
     """
     inputs = {name: _control(name, value) for name, value in controls.items()}
     if not inputs:
@@ -54,7 +54,7 @@ def explore(draw: Callable[..., Figure], alt: str, **controls: Any) -> None:
 
 
 def predict(id: str, question: str, *, unit: str = "", options: list[str] | None = None) -> None:
-    """Ask for a prediction before the measurement and keep it, for `recall`; with `options` it is a choice, else a number."""
+    """Ask for a prediction before measuring, and keep it for `recall`: one of the `options`, or a number."""
     kept = _read(id)
     start = kept["value"] if kept else None
     if options:
