@@ -1,0 +1,1 @@
+"""Speed, side by side with the libraries that everyone uses. `make bench` prints the table."""
