@@ -27,9 +27,17 @@ SOLUTIONS, CHAPTERS = ROOT / "solutions", ROOT / "chapters"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # those of `nbgrader generate_assignment`, without SaveCells, which writes to its database
 STEPS = (
-    "IncludeHeaderFooter LockCells ClearSolutions ClearOutput CheckCellMetadata ComputeChecksums ClearHiddenTests "
-    "ClearMarkScheme ComputeChecksums CheckCellMetadata"
-).split()
+    preprocessors.IncludeHeaderFooter,
+    preprocessors.LockCells,
+    preprocessors.ClearSolutions,
+    preprocessors.ClearOutput,
+    preprocessors.CheckCellMetadata,
+    preprocessors.ComputeChecksums,
+    preprocessors.ClearHiddenTests,
+    preprocessors.ClearMarkScheme,
+    preprocessors.ComputeChecksums,
+    preprocessors.CheckCellMetadata,
+)
 
 
 def tidy(nb: NotebookNode) -> NotebookNode:
@@ -54,7 +62,7 @@ def derive(nb: NotebookNode) -> NotebookNode:
     nb.metadata.pop("mini", None)
     resources = ResourcesDict(unique_key="chapter", metadata={})
     for step in STEPS:
-        nb, resources = getattr(preprocessors, step)().preprocess(nb, resources)
+        nb, resources = step().preprocess(nb, resources)
     return nb
 
 
@@ -77,6 +85,7 @@ def execute(nb: NotebookNode, folder: Path, strict: bool) -> NotebookNode:
             resources={"metadata": {"path": str(folder)}},
             record_timing=False,
             store_widget_state=False,
+            extra_arguments=["--log-level=ERROR"],  # ipykernel's warning about its own transport
             coalesce_streams=True,
         )
         client.execute(env=env)
@@ -109,7 +118,6 @@ def read(path: Path) -> NotebookNode:
 
 def write(path: Path, nb: NotebookNode) -> None:
     """Write whole or not at all: an interrupted run leaves the old notebook."""
-    path.parent.mkdir(exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(nbformat.writes(nb) + "\n", encoding="utf-8", newline="\n")
     os.replace(part, path)
@@ -143,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name}: unchanged")
                 continue
             start = time.perf_counter()
+            target.parent.mkdir(exist_ok=True)
             try:
                 write(target, execute(nb, target.parent, strict))
                 print(f"{name}: run in {time.perf_counter() - start:.0f} s", flush=True)

@@ -37,7 +37,7 @@ explore(parabola, alt="A parabola that opens upwards from the origin", width=wid
 # </details>
 
 
-# %% nbgrader={"grade": false, "grade_id": "ex-99-1", "locked": false, "schema_version": 3, "solution": true, "task": false}
+# %% exercise="99-1"
 def mean_square(x):
     """The mean of the squares of x[n], one number."""
     ### BEGIN SOLUTION
@@ -45,7 +45,7 @@ def mean_square(x):
     ### END SOLUTION
 
 
-# %% nbgrader={"grade": true, "grade_id": "check-99-1", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+# %% check="99-1"
 with check("99.1", points=2):
     agree(
         mean_square,
