@@ -4,10 +4,12 @@
 # PYTHON=python3.12       the Python to make .venv with (found by itself otherwise)
 # CHAPTER=02              the chapter that `make lab` opens
 # LAB_ARGS=--no-browser   further options for JupyterLab
+# STAGES="code browser"   the parts of the tests to run: code solutions chapters browser
 # TORCH_INDEX=<address>   where pip also looks for torch; see "A small torch on Linux" in README.md
 PYTHON ?=
 CHAPTER ?=
 LAB_ARGS ?=
+STAGES ?=
 TORCH_INDEX ?=
 
 ifeq ($(OS),Windows_NT)
@@ -44,7 +46,7 @@ lab: ## set up once, copy new chapters into my/, open JupyterLab
 
 test: ## set up once, then all tests: code, notebooks, and the browser where Chromium is there
 	$(call install,test)
-	@$(VENV_PYTHON) -m tests.run
+	@$(VENV_PYTHON) -m tests.run $(STAGES)
 
 chapters: ## derive chapters/ from solutions/ and run both
 	$(call install,test)
@@ -60,7 +62,7 @@ weights: ## train every model of the course ahead of time, for a workshop
 
 bench: ## speed side by side with transformers
 	$(call install,test)
-	@$(VENV_PYTHON) -m bench
+	@$(VENV_PYTHON) -m bench.speed
 
 constraints: ## write constraints.txt from what .venv holds
 	$(call install,test)

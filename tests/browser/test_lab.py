@@ -22,7 +22,7 @@ from tools.start import ROOT, copy_chapters, lab_command, lab_environment
 
 pytestmark = pytest.mark.browser
 
-CHAPTERS = sorted(path.name for path in (ROOT / "chapters").glob("*.ipynb"))
+CHAPTERS = sorted(path.stem for path in (ROOT / "chapters").glob("*.ipynb"))
 ARTIFACTS = ROOT / "tests" / "artifacts" / "browser"
 HERE = {"127.0.0.1", "localhost"}
 # Chromium's own chatter (updates, sync, look-ups) is not the course's; without it any outside request is ours.
@@ -108,7 +108,7 @@ def wait_for_server(server: subprocess.Popen, runtime: Path, seconds: float = 60
                 socket.create_connection(("127.0.0.1", facts["port"]), timeout=1).close()
             except OSError:
                 continue
-            return f"http://127.0.0.1:{facts['port']}/lab/tree/{{}}?reset&token={facts['token']}"
+            return f"http://127.0.0.1:{facts['port']}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token={facts['token']}"
         time.sleep(0.1)
     pytest.fail(f"JupyterLab did not start within {seconds} s; see {ARTIFACTS / 'lab.log'}")
 
@@ -116,7 +116,7 @@ def wait_for_server(server: subprocess.Popen, runtime: Path, seconds: float = 60
 def run_all(page: Page, seconds: float) -> None:
     """Run > Run All Cells, then wait until no cell waits and the last code cell has its number."""
     page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
-    page.locator(".lm-Menu-item", has_text=re.compile("^Run All Cells$")).click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
     page.wait_for_function(
         r"""() => {
             const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputArea-prompt')]
@@ -169,7 +169,7 @@ def test_a_chapter_runs_in_the_browser(chapter, browser, lab, outside):
 
     page.goto(lab.format(chapter))
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
+    page.get_by_text("| Idle").wait_for(timeout=60_000)  # the kernel, in the status bar
     page.screenshot(path=ARTIFACTS / f"{chapter}-opened.png")
     run_all(page, seconds=300)
     photograph(page, chapter)
@@ -198,4 +198,4 @@ def test_a_chapter_runs_in_the_browser(chapter, browser, lab, outside):
 
 def test_a_chapter_has_a_slider():
     """So that the test above cannot pass without having moved one."""
-    assert any("explore(" in (ROOT / "chapters" / name).read_text(encoding="utf-8") for name in CHAPTERS)
+    assert any("explore(" in (ROOT / "chapters" / f"{name}.ipynb").read_text(encoding="utf-8") for name in CHAPTERS)

@@ -1,0 +1,70 @@
+"""All tests, in order, from the cheap to the dear: `python -m tests.run [stage ...] [-- pytest's options]`.
+
+code       unit tests, parity with other libraries, the notebooks' contract; in parallel, one thread each
+solutions  nbval over solutions/ with MINI_STRICT=1: the stored outputs are what comes out
+chapters   nbval over chapters/, as a learner first opens them
+browser    a real JupyterLab in Chromium (skipped without one, unless MINI_BROWSER=required)
+
+The notebooks train their models from nothing, in an empty MINI_HOME that solutions, chapters and browser share
+(set MINI_TEST_HOME to a folder to keep the models for the next time). They run one after another, since training
+wants every core. All stages run, whatever fails.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = min(os.cpu_count() or 1, 8)
+NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
+NBVAL += ["--nbval-sanitize-with=tests/nbval_sanitize.cfg"]
+# what pytest runs, and the environment it runs in
+STAGES: dict[str, tuple[list[str], dict[str, str]]] = {
+    "code": (
+        ["tests/unit", "tests/parity", "tests/notebooks", f"-n{WORKERS}", "--dist=loadfile"],
+        {"OMP_NUM_THREADS": "1"},
+    ),
+    "solutions": (["solutions", *NBVAL], {"MINI_STRICT": "1"}),
+    "chapters": (["chapters", *NBVAL], {}),
+    "browser": (["tests/browser"], {}),
+}
+
+
+def environment(stage: str, home: str) -> dict[str, str]:
+    """The environment of a stage: its own models, nobody's grading, this Python's programs on PATH."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("MINI_STRICT", "NBGRADER_EXECUTION")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return kept | {"MINI_HOME": home, "PATH": path} | STAGES[stage][1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(prog="python -m tests.run", description="All tests, or the stages named.")
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(STAGES)}; all without any")
+    stages = parser.parse_args(arguments[:cut]).stages or list(STAGES)
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        parser.error(f"there is no stage {unknown[0]!r}; choose from {', '.join(STAGES)}")
+
+    table = []
+    with tempfile.TemporaryDirectory() as empty:
+        home = os.environ.get("MINI_TEST_HOME", empty)
+        for stage in stages:
+            print(f"\n· {stage}: {' '.join(STAGES[stage][0])}", flush=True)
+            command = [sys.executable, "-m", "pytest", *STAGES[stage][0], "--durations=5", *arguments[cut + 1 :]]
+            started = time.monotonic()
+            code = subprocess.run(command, cwd=ROOT, env=environment(stage, home)).returncode
+            table.append((stage, code, time.monotonic() - started))
+    print()
+    for stage, code, seconds in table:
+        outcome = {0: "passed", 5: "found no test"}.get(code, "FAILED")
+        print(f"· {stage:10} {outcome:14} {seconds:5.0f} s")
+    return int(any(code for _, code, _ in table))  # no test found (5) is a failure too
+
+
+if __name__ == "__main__":
+    sys.exit(main())
