@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -91,13 +92,13 @@ def show(fig: Figure, alt: str) -> None:
     display({"image/png": png, "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
 
 
-def to_png(fig: Figure, alt: str) -> bytes:
+def to_png(fig: Any, alt: str) -> bytes:
     """The figure as PNG; closes it. ValueError where an axis has no label or the figure no description."""
-    plt.close(fig)  # first of all, so that a refused figure is not drawn by the notebook either
+    # closed first of all, so that a refused figure is not drawn by the notebook either
+    plt.close(fig if isinstance(fig, Figure) else "all")
     if not isinstance(fig, Figure):
-        raise ValueError(
-            f"a matplotlib figure was expected, this is {type(fig).__name__}; end draw() with `return fig`"
-        )
+        what = type(fig).__name__
+        raise ValueError(f"a matplotlib figure was expected, this is {what}; end draw() with `return fig`")
     if len(alt.split()) < 4:
         raise ValueError(f"alt={alt!r} does not describe the figure; say in a sentence what it shows")
     for axes in fig.axes:

@@ -1,0 +1,118 @@
+"""Claim cards and the ledger."""
+
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, writes
+
+from mini.lab import claim, claims, ledger
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What was displayed."""
+    bundles = []
+    monkeypatch.setattr(claims, "display", lambda data, raw: bundles.append(data))
+    monkeypatch.delenv("MINI_STRICT", raising=False)
+    return bundles
+
+
+def card(shown, **changes) -> dict:
+    given = {
+        "source": "arXiv:2412.19437 §2",
+        "measured": 57.125,
+        "holds": True,
+        "verdict": "derived",
+        **changes,
+    }
+    claim("57× fewer numbers", **given)
+    return shown[-1]
+
+
+def test_card_carries_text_html_and_data(shown):
+    bundle = card(shown, n=4096, seeds=3, interval=(55.2, 59.0), unit="times")
+    assert bundle["text/plain"] == (
+        "Claim: 57× fewer numbers [arXiv:2412.19437 §2]\n"
+        "Measured: 57.12 times (n = 4,096, 3 seeds, 95% interval 55.2 to 59)\n"
+        "Verdict: derived"
+    )
+    assert bundle[claims.MIME] == {
+        "claim": "57× fewer numbers",
+        "source": "arXiv:2412.19437 §2",
+        "measured": "57.12 times",
+        "evidence": "n = 4,096, 3 seeds",
+        "interval": "55.2 to 59",
+        "verdict": "derived",
+        "holds": True,
+    }
+
+
+def test_html_is_escaped(shown):
+    claim("a < b & <script>", source="s", measured="<b>", holds=True, verdict="reproduced")
+    assert "<script>" not in shown[0]["text/html"]
+    assert "a &lt; b &amp; &lt;script&gt;" in shown[0]["text/html"]
+
+
+def test_what_does_not_hold_is_said_and_raises_in_strict_mode_only(shown, monkeypatch):
+    assert "“derived” did not hold on this run" in card(shown, holds=False)["text/plain"]
+    monkeypatch.setenv("MINI_STRICT", "1")
+    with pytest.raises(AssertionError, match=r"was not 'derived' on this run: measured 57\.12"):
+        card(shown, holds=False)
+    assert shown[-1][claims.MIME]["holds"] is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"verdict": "confirmed"},
+            "'confirmed' is none of reproduced, in direction, not at this scale, derived",
+        ),
+        ({"interval": (2, 1)}, r"\(2, 1\) is not \(low, high\)"),
+    ],
+)
+def test_bad_cards_are_refused(shown, changes, words):
+    with pytest.raises(ValueError, match=words):
+        card(shown, **changes)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3, "3"),
+        (671_026_419_200, "671,026,419,200"),
+        (3.14159, "3.142"),
+        (2_788_000.0, "2,788,000"),
+        (5.576e6, "5,576,000"),
+        (6.71e11, "6.710e+11"),
+        (0.0, "0"),
+        (0.00001, "1.000e-05"),
+        (-0.25, "-0.25"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        ("about 1%", "about 1%"),
+    ],
+)
+def test_numbers_are_for_people(value, text):
+    assert claims.number(value) == text
+
+
+def notebook(path, title, *cards):
+    outputs = [new_output("display_data", {claims.MIME: c, "text/plain": "x"}) for c in cards]
+    outputs.append(new_output("stream", text="other output"))
+    nb = new_notebook(cells=[new_markdown_cell(f"# {title}\ntext"), new_code_cell("1", outputs=outputs)])
+    path.write_text(writes(nb), encoding="utf-8")
+    return path
+
+
+def test_ledger_lists_by_chapter_and_counts(shown, tmp_path):
+    good = card(shown, seeds=1)[claims.MIME] | {"claim": "a | b"}
+    bad = card(shown, holds=False)[claims.MIME]
+    paths = [
+        notebook(tmp_path / "01_b.ipynb", "01 · Two", good, bad),
+        notebook(tmp_path / "00_a.ipynb", "00 · One"),
+    ]
+    text = ledger(paths)
+    assert "| derived | 1 |\n| did not hold | 1 |\n| all | 2 |" in text
+    assert text.index("## 00 · One\n\nNo claims.") < text.index("## 01 · Two")
+    assert "| a \\| b | arXiv:2412.19437 §2 | 57.12 | 1 seed |  | derived |" in text
+    assert "|  | did not hold |" in text
+    assert ledger(reversed(paths)) == text
