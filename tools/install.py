@@ -41,18 +41,18 @@ def objection(version, has_venv):
     return ""
 
 
-def digest(root, version):
+def digest(version):
     """What an installation is made from: the dependencies, their versions, the place, and the Python."""
     made_from = hashlib.sha256()
     for name in ("pyproject.toml", "constraints.txt"):
-        with open(os.path.join(root, name), "rb") as file:
+        with open(os.path.join(ROOT, name), "rb") as file:
             made_from.update(file.read())
-    made_from.update(repr((root, tuple(version[:2]))).encode())
+    made_from.update(repr((ROOT, tuple(version))).encode())
     return made_from.hexdigest()
 
 
-def venv_python(venv=VENV):
-    return os.path.join(venv, *(["Scripts", "python.exe"] if os.name == "nt" else ["bin", "python"]))
+def venv_python():
+    return os.path.join(VENV, *(["Scripts", "python.exe"] if os.name == "nt" else ["bin", "python"]))
 
 
 def version_of(python):
@@ -65,16 +65,16 @@ def version_of(python):
     return tuple(int(part) for part in answer.stdout.split())
 
 
-def stamp(extra, venv=VENV):
-    return os.path.join(venv, "installed-" + extra)
+def stamp(extra):
+    return os.path.join(VENV, "installed-" + extra)
 
 
-def is_installed(extra, venv=VENV, root=ROOT, version=None):
+def is_installed(extra, version):
     """Whether a finished installation holds this extra, made from today's files."""
     for name in CONTAINED_IN[extra]:
         try:
-            with open(stamp(name, venv)) as file:
-                if file.read() == digest(root, version):
+            with open(stamp(name)) as file:
+                if file.read() == digest(version):
                     return True
         except OSError:
             continue
@@ -88,12 +88,13 @@ def say(text):
 def make_venv():
     say("Making .venv with Python %d.%d" % sys.version_info[:2])
     shutil.rmtree(VENV, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+    base = getattr(sys, "_base_executable", sys.executable)  # this Python may be the one in .venv itself
+    subprocess.run([base, "-m", "venv", VENV], check=True)
 
 
 def install(extra, torch_index):
     """Run pip, whose own output shows the progress. An interrupt leaves the mark; a failure does not."""
-    say("Installing the course with [%s]: about 1.5 GB, some minutes the first time" % extra)
+    say("Installing the course with [%s] (the first time: about 1.5 GB, one to five minutes)" % extra)
     if sys.platform == "linux" and not torch_index and shutil.which("nvidia-smi") is None:
         say(
             "No NVIDIA GPU found. If pip starts to download a CUDA build of torch (gigabytes), "
@@ -110,7 +111,7 @@ def install(extra, torch_index):
     if code:
         sys.exit("pip could not install the course: see its message above, put it right, and repeat.")
     with open(stamp(extra), "w") as file:
-        file.write(digest(ROOT, version_of(venv_python())))
+        file.write(digest(version_of(venv_python())))
 
 
 def main(arguments=None):
@@ -131,7 +132,7 @@ def main(arguments=None):
     usable = version is not None and not interrupted
     if options.this_python and version != sys.version_info[:2]:
         usable = False
-    if usable and is_installed(options.extra, version=version):
+    if usable and is_installed(options.extra, version):
         return
     started = time.time()
     if interrupted:

@@ -48,7 +48,7 @@ def choose(mine: Path, number: str = "") -> Path:
 def lab_command(notebook: Path, options: list[str]) -> list[str]:
     """The command line that serves the notebook's folder on this machine alone, opened on the notebook."""
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebook.parent}"]
-    command += [f"--LabApp.default_url=/lab/tree/{notebook.name}"]
+    command += ["--log-level=WARN", f"--LabApp.default_url=/lab/tree/{notebook.name}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command += ["--allow-root"]  # one is often root in a container; the server listens on localhost only
     return command + options
