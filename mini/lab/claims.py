@@ -1,18 +1,19 @@
 """Claims: a card that sets a public statement beside what this run measured, and the ledger of all cards."""
 
 import html
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import nbformat
 from IPython.display import display
 
 from mini.lab.check import strict
 from mini.lab.figures import PALETTE
 
+MISSED = "did not hold"
 MIME = "application/vnd.mini.claim+json"
 VERDICTS = {
     "reproduced": PALETTE["green"],
@@ -58,9 +59,7 @@ def claim(
     }
     display({"text/plain": _plain(card), "text/html": _html(card), MIME: card}, raw=True)
     if not holds and strict():
-        raise AssertionError(
-            f"the claim {text!r} was not {verdict!r} on this run: measured {card['measured']}"
-        )
+        raise AssertionError(f"not {verdict} on this run: {text!r}, measured {card['measured']}")
 
 
 def number(value: Any) -> str:
@@ -84,48 +83,34 @@ def evidence(n: int | None, seeds: int | None) -> str:
 
 def ledger(paths: Iterable[str | Path]) -> str:
     """All cards stored in executed notebooks, as Markdown: a count by verdict, then a table for each chapter."""
-    chapters = [
-        (_title(nb), _cards(nb))
-        for nb in (nbformat.read(path, as_version=4) for path in sorted(map(Path, paths)))
-    ]
-    cards = [card for _, found in chapters for card in found]
-    counts = Counter(card["verdict"] if card["holds"] else "did not hold" for card in cards)
+    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(map(Path, paths))]
+    cards = [card for nb in notebooks for card in _cards(nb)]
+    counts = Counter(card["verdict"] for card in cards)
+    count = [(verdict, counts[verdict]) for verdict in (*VERDICTS, MISSED) if counts[verdict]]
     lines = [
         "# Claims",
         "",
-        "Collected from the executed notebooks by `python -m tools.claims`, not edited by hand.",
+        "Collected from the executed notebooks by `python -m tools.claims`, not edited by hand. Intervals are 95%.",
         "*Reproduced*: measured here. *In direction*: the sign holds here, the size does not.",
         "*Not at this scale*: looked for here and not found. *Derived*: arithmetic on published figures.",
         "",
-        *_table(
-            ("verdict", "claims"),
-            [(v, counts[v]) for v in (*VERDICTS, "did not hold") if counts[v]] + [("all", len(cards))],
-        ),
+        *_table(("verdict", "claims"), [*count, ("all", len(cards))]),
     ]
-    columns = ("claim", "source", "measured", "evidence", "95% interval", "verdict")
-    for title, found in chapters:
-        rows = [
-            (
-                c["claim"],
-                c["source"],
-                c["measured"],
-                c["evidence"],
-                c["interval"],
-                c["verdict"] if c["holds"] else "did not hold",
-            )
-            for c in found
-        ]
-        lines += ["", f"## {title}", "", *(_table(columns, rows) if rows else ["No claims."])]
+    columns = ("claim", "source", "measured", "evidence", "interval", "verdict")
+    for nb in notebooks:
+        rows = [[card[column] for column in columns] for card in _cards(nb)]
+        lines += ["", f"## {_title(nb)}", "", *(_table(columns, rows) if rows else ["No claims."])]
     return "\n".join(lines) + "\n"
 
 
-def _cards(nb: nbformat.NotebookNode) -> list[dict]:
-    outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
-    return [output.data[MIME] for output in outputs if MIME in output.get("data", {})]
+def _cards(nb: dict) -> list[dict]:
+    outputs = [output for cell in nb["cells"] for output in cell.get("outputs", [])]
+    cards = [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]
+    return [card if card["holds"] else {**card, "verdict": MISSED} for card in cards]
 
 
-def _title(nb: nbformat.NotebookNode) -> str:
-    first = next(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+def _title(nb: dict) -> str:
+    first = next("".join(cell["source"]) for cell in nb["cells"] if cell["cell_type"] == "markdown")
     return re.sub(r"^#+\s*", "", first.splitlines()[0])
 
 
@@ -136,9 +121,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _details(card: dict) -> str:
-    return ", ".join(
-        filter(None, (card["evidence"], card["interval"] and f"95% interval {card['interval']}"))
-    )
+    interval = card["interval"] and f"95% interval {card['interval']}"
+    return ", ".join(filter(None, (card["evidence"], interval)))
 
 
 def _verdict(card: dict) -> str:

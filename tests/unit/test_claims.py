@@ -54,7 +54,7 @@ def test_html_is_escaped(shown):
 def test_what_does_not_hold_is_said_and_raises_in_strict_mode_only(shown, monkeypatch):
     assert "“derived” did not hold on this run" in card(shown, holds=False)["text/plain"]
     monkeypatch.setenv("MINI_STRICT", "1")
-    with pytest.raises(AssertionError, match=r"was not 'derived' on this run: measured 57\.12"):
+    with pytest.raises(AssertionError, match=r"not derived on this run: .*measured 57\.12"):
         card(shown, holds=False)
     assert shown[-1][claims.MIME]["holds"] is False
 
