@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from tools.start import ROOT, copy_chapters, lab_command, lab_environment
 
@@ -114,18 +114,13 @@ def wait_for_server(server: subprocess.Popen, runtime: Path, seconds: float = 60
 
 
 def run_all(page: Page, seconds: float) -> None:
-    """Run > Run All Cells, then wait until no cell waits and the last code cell has its number."""
+    """Run > Run All Cells, then wait until every cell has been waited for, [*], and none is any more."""
+    waiting = page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-prompt", has_text="*")
     page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-    page.wait_for_function(
-        r"""() => {
-            const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputArea-prompt')]
-                .map(prompt => prompt.textContent.trim());
-            return prompts.length > 0 && !prompts.some(text => text.includes('*'))
-                && /\[\d+\]/.test(prompts[prompts.length - 1]);
-        }""",
-        timeout=seconds * 1000,
-    )
+    waiting.last.wait_for(timeout=10_000)
+    expect(waiting).to_have_count(0, timeout=1000 * seconds)
+    page.get_by_text("| Idle").wait_for(timeout=10_000)
 
 
 def photograph(page: Page, name: str, at_most: int = 40) -> None:
