@@ -22,8 +22,8 @@ from mini.lab.files import home, set_aside, write
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def explore(draw: Callable[..., Figure], alt: str, **controls: Any) -> None:
-    """Show a figure with controls that redraw it at once: `draw(**values)` returns it for their values.
+def explore(draw: Callable[..., Figure | str], alt: str, **controls: Any) -> None:
+    """Show a figure or a text with controls that redo it at once: `draw(**values)` returns it for their values.
 
     Each control is named after an argument of `draw` and is an ipywidget, or (low, high) or (low, high, step) for
     a slider, a list for a choice, True or False for a tick box, a string for a text field. A slider starts in the
@@ -34,23 +34,28 @@ def explore(draw: Callable[..., Figure], alt: str, **controls: Any) -> None:
     if not inputs:
         raise ValueError("explore() has no controls; give at least one, such as width=(1, 8)")
 
-    def render() -> bytes:
-        return to_png(draw(**{name: widget.value for name, widget in inputs.items()}), alt)
+    def render() -> tuple[str, bytes | None]:
+        """What to show as HTML, and the plain picture of a figure."""
+        shown = draw(**{name: widget.value for name, widget in inputs.items()})
+        if isinstance(shown, str):
+            return f'<pre style="white-space: pre-wrap">{html.escape(shown)}</pre>', None
+        png = to_png(shown, alt)
+        return _img(png, alt), png
 
     def redraw(_: Any) -> None:
         try:
-            picture.value = _img(render(), alt)
+            picture.value = render()[0]
         except Exception as error:  # a callback's error would vanish in the log
             picture.value = f"<pre>{html.escape(f'{type(error).__name__}: {error}')}</pre>"
 
-    first = render()
-    picture = HTML(_img(first, alt))
+    first, png = render()
+    picture = HTML(first)
     for widget in inputs.values():
         widget.observe(redraw, "value")
     whole = VBox([*inputs.values(), picture])
     whole.add_class("mini-explore")
     text = f"{alt} (controls: {', '.join(widget.description for widget in inputs.values())})"
-    _show(whole, text, first, alt)
+    _show(whole, text, png, alt)
 
 
 def predict(id: str, question: str, *, unit: str = "", options: list[str] | None = None) -> None:

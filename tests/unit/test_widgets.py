@@ -57,6 +57,17 @@ def test_moving_a_control_redraws_and_leaves_no_figure_open(shown):
     assert plt.get_fignums() == []
 
 
+def test_a_text_can_be_explored_too(shown):
+    explore(lambda times: "<b> " * times, "A repeated word", times=(1, 3))
+    data, _ = shown[0]
+    assert "image/png" not in data
+    assert data["text/plain"] == "A repeated word (controls: times)"
+    slider, text = widget(shown[0]).children
+    assert text.value == '<pre style="white-space: pre-wrap">&lt;b&gt; &lt;b&gt; </pre>'
+    slider.value = 1
+    assert text.value == '<pre style="white-space: pre-wrap">&lt;b&gt; </pre>'
+
+
 def test_a_redraw_takes_under_200_ms(shown):
     explore(draw, ALT, width=(1, 8))
     slider, _ = widget(shown[0]).children
