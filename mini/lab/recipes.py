@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import tempfile
+import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -22,13 +22,13 @@ from mini.train import load, save
 Made = tuple[dict[str, Tensor], dict]
 
 
-def remember(name: str, settings: Any, make: Callable[[Path], Made]) -> Made:
+def remember(name: str, settings: Any, make: Callable[[Path | None], Made]) -> Made:
     """The tensors and facts that `make(checkpoint)` returns, made once and loaded from then on.
 
     settings: a dict or dataclass of everything that the result depends on. What is kept belongs to these settings
-    and to these sources of `mini`: a change of either makes it anew. `make` may keep a half-way state in
-    `checkpoint`, which an interrupted run finds again. A second process waits for the first one's result. Where
-    the cache cannot be written, the result is returned all the same, with a warning.
+    and to these sources of `mini`: a change of either makes it anew. `make` may keep a half-way state in the file
+    `checkpoint`, which an interrupted run finds again; it is None where the cache cannot be written. A second
+    process waits for the first one's result. Whatever happens to the cache, the result is returned, with a warning.
     """
     key = f"{name}-{digest(name, settings)}"
     folder = home() / "cache"
@@ -39,20 +39,24 @@ def remember(name: str, settings: Any, make: Callable[[Path], Made]) -> Made:
             print(f"{name}: loaded; made on {facts['made']} in {facts['seconds']:.0f} s, {facts['machine']}")
             return kept
         print(f"{name}: making it now; it is kept for the next time")
-        with _checkpoint(path.with_suffix(".partial")) as checkpoint:
-            resumed, start = checkpoint.exists(), time.perf_counter()
+        checkpoint = path.with_suffix(".partial") if os.access(folder, os.W_OK) else None
+        resumed, start = checkpoint is not None and _sound(checkpoint), time.perf_counter()
+        try:
             tensors, facts = make(checkpoint)
-            facts = {**facts, "recipe": _facts(key, time.perf_counter() - start)}
-            print(
-                f"{name}: made in {facts['recipe']['seconds']:.0f} s"
-                + " (the rest of an earlier run)" * resumed
-            )
-            try:
-                save(path, tensors, facts)
-            except OSError as error:
-                print(
-                    f"Warning: {name} could not be kept, and will be made anew next time: {error.strerror or error}"
-                )
+        except OSError as error:
+            if checkpoint is None:
+                raise
+            print(f"Warning: a half-way state could not be saved ({error.strerror}); starting again without")
+            tensors, facts = make(None)
+        facts = {**facts, "recipe": _facts(key, time.perf_counter() - start)}
+        print(
+            f"{name}: made in {facts['recipe']['seconds']:.0f} s" + " (the rest of an earlier run)" * resumed
+        )
+        try:
+            save(path, tensors, facts)
+            path.with_suffix(".partial").unlink(missing_ok=True)
+        except OSError as error:
+            print(f"Warning: {name} could not be kept, and will be made anew next time: {error.strerror}")
         return tensors, facts
 
 
@@ -98,6 +102,18 @@ def _read(path: Path, key: str) -> Made | None:
     return tensors, facts
 
 
+def _sound(checkpoint: Path) -> bool:
+    """Whether a half-way state is there; one that cannot be read is set aside."""
+    if not checkpoint.exists():
+        return False
+    try:
+        load(checkpoint)
+    except (ValueError, OSError) as error:
+        set_aside(checkpoint, str(error))
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Hold a lock that the system lets go of when the process ends; without one where none can be had."""
@@ -115,19 +131,6 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def _checkpoint(path: Path) -> Iterator[Path]:
-    """A path for a half-way state, gone after success; in a temporary folder where the cache cannot be written."""
-    with contextlib.ExitStack() as stack:
-        try:
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        except OSError:
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
-        yield path
-        path.unlink(missing_ok=True)
 
 
 def make_all() -> None:

@@ -90,7 +90,7 @@ def test_sample_is_graded(course, solved):
 
 @pytest.mark.parametrize("path", FIRST, ids=lambda path: path.stem)
 def test_first_chapter_is_graded(course, path):
-    source = read(path)
+    source = tidy(read(path))
     most = sum(cell.metadata.get("nbgrader", {}).get("points", 0) for cell in source.cells)
     assert most > 0
     assert grade(course, source) == {"filled": (most, most), "untouched": (0, most)}

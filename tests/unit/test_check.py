@@ -245,6 +245,15 @@ def test_error_in_a_notebook_cell_shows_the_cells_line_even_through_a_lambda():
     assert text.endswith("in learner, line 3:  return y.wrong")
 
 
+def test_a_notebook_shows_the_diagnosis_alone(capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    shell.run_cell('from mini.lab import agree, check\nwith check("1.2"):\n    agree(3.0, 6.0)')
+    shown = capsys.readouterr().out.strip()
+    assert shown == "✗ 1.2 is not right yet.\nyours is 3.0, expected 6.0 (yours is 0.5 times that)"
+
+
 def refuses_odd(n):
     if n % 2:
         raise ValueError(f"n={n} is odd")

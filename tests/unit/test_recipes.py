@@ -29,10 +29,11 @@ class Maker:
     """Makes a tensor, and counts how often."""
 
     def __init__(self, value: float = 1.0) -> None:
-        self.value, self.calls = value, 0
+        self.value, self.calls, self.checkpoints = value, 0, []
 
-    def __call__(self, checkpoint: Path):
+    def __call__(self, checkpoint: Path | None):
         self.calls += 1
+        self.checkpoints.append(checkpoint)
         return {"w": torch.full((2, 3), self.value)}, {"loss": 0.5, "history": [{"step": 1}]}
 
 
@@ -132,16 +133,48 @@ def test_full_disk_is_a_warning_and_the_result_comes_back(monkeypatch, capsys):
 def test_a_cache_that_cannot_be_written_is_a_warning_too(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MINI_HOME", str(tmp_path / "file"))
+    make = Maker()
+    assert torch.equal(remember("model", SETTINGS, make)[0]["w"], torch.ones(2, 3))
+    assert make.checkpoints == [None]
+    assert "could not be kept" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_up_on_the_way_costs_time_but_not_the_result(cache, capsys):
     seen = []
 
     def make(checkpoint):
-        save(checkpoint, {"half": torch.ones(1)}, {})  # a place for the half-way state is there all the same
         seen.append(checkpoint)
+        if checkpoint is not None:
+            raise OSError(28, "No space left on device")
         return {"w": torch.ones(1)}, {}
 
     assert remember("model", SETTINGS, make)[0]["w"] == 1
-    assert "could not be kept" in capsys.readouterr().out
-    assert not seen[0].exists()
+    assert [checkpoint is None for checkpoint in seen] == [False, True]
+    assert "a half-way state could not be saved (No space left on device)" in capsys.readouterr().out
+
+
+def test_an_error_that_is_not_about_saving_comes_out():
+    def make(checkpoint):
+        raise FileNotFoundError(2, "no text")
+
+    with pytest.raises(FileNotFoundError, match="no text"):
+        remember("model", SETTINGS, make)
+
+
+def test_a_broken_checkpoint_is_set_aside(cache, capsys):
+    partial = cache / f"model-{digest('model', SETTINGS)}.partial"
+    cache.mkdir(parents=True)
+    partial.write_bytes(b"half a file")
+
+    def make(checkpoint):
+        assert not checkpoint.exists()
+        return {"w": torch.ones(1)}, {}
+
+    remember("model", SETTINGS, make)
+    out = capsys.readouterr().out
+    assert f"Warning: {partial.name} could not be used" in out
+    assert "the rest of" not in out
+    assert kept(cache) == [f"{partial.name}.broken-0", f"{partial.stem}.safetensors"]
 
 
 def test_an_unreadable_file_is_made_anew(cache, monkeypatch, capsys):
