@@ -79,12 +79,13 @@ def main(arguments: list[str]) -> int:
     kept = len(list(mine.glob("[0-9]*.ipynb"))) - len(new)
     if kept:
         print(f"· Kept as you left them: the chapters already in my/ ({kept})")
-    print(f"· Opening JupyterLab on my/{notebook.name}. To stop it: Ctrl-C here, then y.", flush=True)
-    try:
-        command, environment = lab_command(notebook, options), lab_environment(dict(os.environ))
-        return subprocess.run(command, env=environment).returncode
-    except KeyboardInterrupt:
-        return 0
+    print(f"· Opening JupyterLab on my/{notebook.name}. To stop it: Ctrl-C here.", flush=True)
+    lab = subprocess.Popen(lab_command(notebook, options), env=lab_environment(dict(os.environ)))
+    while True:
+        try:
+            return lab.wait()
+        except KeyboardInterrupt:  # Lab has it too: it stops its kernels, then itself
+            continue
 
 
 if __name__ == "__main__":
