@@ -13,6 +13,7 @@ from IPython.display import display
 from mini.lab.check import strict
 from mini.lab.figures import PALETTE
 
+MARKDOWN = str.maketrans({"|": r"\|", "$": r"\$", "\n": " "})
 MISSED = "did not hold"
 MIME = "application/vnd.mini.claim+json"
 VERDICTS = {
@@ -103,6 +104,11 @@ def ledger(paths: Iterable[str | Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def escape(text: str) -> str:
+    """Text as HTML; a dollar sign stays one, and does not begin a formula."""
+    return html.escape(text).replace("$", "<span>$</span>")
+
+
 def _cards(nb: dict) -> list[dict]:
     outputs = [output for cell in nb["cells"] for output in cell.get("outputs", [])]
     cards = [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]
@@ -115,7 +121,7 @@ def _title(nb: dict) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (columns, *rows)]
+    cells = [[str(cell).translate(MARKDOWN) for cell in row] for row in (columns, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
 
@@ -139,12 +145,12 @@ def _plain(card: dict) -> str:
 
 def _html(card: dict) -> str:
     colour = VERDICTS[card["verdict"]] if card["holds"] else PALETTE["red"]
-    safe = {key: html.escape(str(value)) for key, value in card.items()}
-    details = html.escape(_details(card))
+    safe = {key: escape(str(value)) for key, value in card.items()}
+    details = escape(_details(card))
     return (
         f'<div style="border-left: 8px solid {colour}; padding: 0.4em 1em; margin: 0.5em 0; max-width: 52em">'
         f'<div style="font-size: 1.1em"><b>{safe["claim"]}</b></div>'
         f'<div style="opacity: 0.8">{safe["source"]}</div>'
         f"<div>Measured here: <b>{safe['measured']}</b>{f' ({details})' if details else ''}</div>"
-        f"<div>Verdict: <b>{html.escape(_verdict(card))}</b></div></div>"
+        f"<div>Verdict: <b>{escape(_verdict(card))}</b></div></div>"
     )

@@ -15,7 +15,7 @@ from IPython.display import display
 from ipywidgets import HTML, Button, FloatText, HBox, Label, Layout, RadioButtons, VBox
 from matplotlib.figure import Figure
 
-from mini.lab.claims import number
+from mini.lab.claims import escape, number
 from mini.lab.figures import to_png
 from mini.lab.files import home, set_aside, write
 
@@ -86,7 +86,7 @@ def predict(id: str, question: str, *, unit: str = "", options: list[str] | None
 
     button.on_click(keep)
     whole = VBox(
-        [HTML(f"<b>Your prediction.</b> {html.escape(question)}"), HBox([field, Label(unit), button, status])]
+        [HTML(f"<b>Your prediction.</b> {escape(question)}"), HBox([field, Label(unit), button, status])]
     )
     _show(whole, f"Your prediction: {question}")
 

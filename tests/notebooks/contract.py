@@ -138,6 +138,23 @@ def network(nb: NotebookNode, solved: bool) -> Iterator[str]:
             yield f"cell {cell.id} uses the network: {found[0]!r}"
 
 
+def dollars(nb: NotebookNode, solved: bool) -> Iterator[str]:
+    """Between two dollar signs everything is mathematics, also prices and the words between them."""
+    texts = [
+        re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.S)
+        for cell in nb.cells
+        if cell.cell_type == "markdown"
+    ]
+    for text in texts:
+        signs = re.sub(r"\\\$", "", text)
+        if signs.count("$") % 2:
+            yield f"an odd number of dollar signs; write \\$ for money: {text[:60]!r}"
+        for span in re.findall(r"\$\$.*?\$\$|\$[^$]+\$", signs, re.S):
+            words = re.sub(r"\\(text|mathrm|operatorname|textbf|mathbf)\{[^}]*\}|\\[A-Za-z]+", "", span)
+            if re.search(r"[A-Za-z]{3,}\s+[A-Za-z]{2,}", words):
+                yield f"words would be set as mathematics; write \\$ for money: {span[:60]!r}"
+
+
 def figures(nb: NotebookNode, solved: bool) -> Iterator[str]:
     for cell in code(nb):
         for output in cell.outputs:
@@ -215,6 +232,7 @@ RULES: list[Rule] = [
     exercises,
     paths,
     network,
+    dollars,
     figures,
     clean,
     run,

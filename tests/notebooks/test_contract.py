@@ -4,7 +4,7 @@ import copy
 
 import pytest
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from mini.lab.claims import MIME
 from tests.notebooks import contract
@@ -101,6 +101,11 @@ BROKEN = {
         contract.network,
         lambda nb: nb.cells.append(new_markdown_cell("![x](https://a.b/c.png)")),
     ),
+    "prices": (
+        contract.dollars,
+        lambda nb: nb.cells.append(new_markdown_cell("from $5 M for one to $500 M")),
+    ),
+    "a price": (contract.dollars, lambda nb: nb.cells.append(new_markdown_cell("it was $5 M"))),
     "no alt": (contract.figures, lambda nb: figure_of(nb).metadata.clear()),
     "a bare figure": (
         contract.figures,
@@ -155,6 +160,19 @@ def test_a_broken_notebook_is_refused(rule, spoil, solved):
 
 def test_every_rule_is_broken_once():
     assert {rule for rule, _ in BROKEN.values()} == set(contract.RULES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\$5 M for one, \$500 M",
+        "$O(n^2)$ and $$\\frac{a}{b} \\text{ if it holds}$$",
+        "`$a` and `$b for it$`",
+        "$a b$",
+    ],
+)
+def test_mathematics_and_escaped_prices_pass(text):
+    assert list(contract.dollars(new_notebook(cells=[new_markdown_cell(text)]), True)) == []
 
 
 def test_a_solution_left_in_a_chapter_is_refused(solved, unsolved):

@@ -51,6 +51,12 @@ def test_html_is_escaped(shown):
     assert "a &lt; b &amp; &lt;script&gt;" in shown[0]["text/html"]
 
 
+def test_dollars_are_money_not_formulas(shown):
+    claim("from $5 M to $500 M", source="s", measured=1, holds=True, verdict="derived")
+    assert "from <span>$</span>5 M to <span>$</span>500 M" in shown[0]["text/html"]
+    assert "from $5 M to $500 M" in shown[0]["text/plain"]
+
+
 def test_what_does_not_hold_is_said_and_raises_in_strict_mode_only(shown, monkeypatch):
     assert "“derived” did not hold on this run" in card(shown, holds=False)["text/plain"]
     monkeypatch.setenv("MINI_STRICT", "1")
@@ -104,7 +110,7 @@ def notebook(path, title, *cards):
 
 
 def test_ledger_lists_by_chapter_and_counts(shown, tmp_path):
-    good = card(shown, seeds=1)[claims.MIME] | {"claim": "a | b"}
+    good = card(shown, seeds=1)[claims.MIME] | {"claim": "a | b, $5"}
     bad = card(shown, holds=False)[claims.MIME]
     paths = [
         notebook(tmp_path / "01_b.ipynb", "01 · Two", good, bad),
@@ -113,6 +119,6 @@ def test_ledger_lists_by_chapter_and_counts(shown, tmp_path):
     text = ledger(paths)
     assert "| derived | 1 |\n| did not hold | 1 |\n| all | 2 |" in text
     assert text.index("## 00 · One\n\nNo claims.") < text.index("## 01 · Two")
-    assert "| a \\| b | arXiv:2412.19437 §2 | 57.12 | 1 seed |  | derived |" in text
+    assert "| a \\| b, \\$5 | arXiv:2412.19437 §2 | 57.12 | 1 seed |  | derived |" in text
     assert "|  | did not hold |" in text
     assert ledger(reversed(paths)) == text
