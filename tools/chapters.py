@@ -24,6 +24,7 @@ from nbgrader import preprocessors
 
 ROOT = Path(__file__).resolve().parent.parent
 SOLUTIONS, CHAPTERS = ROOT / "solutions", ROOT / "chapters"
+KEPT = ("nbgrader", "tags", "deletable", "editable")  # the last two: nbgrader locks cells with them
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # those of `nbgrader generate_assignment`, without SaveCells, which writes to its database
 STEPS = (
@@ -42,17 +43,24 @@ STEPS = (
 
 def tidy(nb: NotebookNode) -> NotebookNode:
     """A copy with stable cell ids and with the metadata alone that a reader's Jupyter needs."""
+    nb = _plain(nb)
+    seen: set[str] = set()
+    for cell in nb.cells:
+        name = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
+        cell.id = next(i for n in range(len(nb.cells)) if (i := f"{name}-{n}" if n else name) not in seen)
+        seen.add(cell.id)
+    return nb
+
+
+def _plain(nb: NotebookNode) -> NotebookNode:
+    """A copy without metadata of machines, editors and runs."""
     nb = nbformat.from_dict(json.loads(json.dumps(nb)))
     nb.nbformat, nb.nbformat_minor = 4, 5
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     kept = {"mini": nb.metadata.mini} if "mini" in nb.metadata else {}
     nb.metadata = NotebookNode(kernelspec=kernel, language_info={"name": "python"}, **kept)
-    seen: set[str] = set()
     for cell in nb.cells:
-        cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k in ("nbgrader", "tags")})
-        name = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
-        cell.id = next(i for n in range(len(nb.cells)) if (i := f"{name}-{n}" if n else name) not in seen)
-        seen.add(cell.id)
+        cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k in KEPT})
     return nb
 
 
@@ -92,7 +100,7 @@ def execute(nb: NotebookNode, folder: Path, strict: bool) -> NotebookNode:
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in map(_still, cell.outputs) if output is not None]
-    nb = tidy(nb)
+    nb = _plain(nb)
     nb.metadata.mini = {"executed": digest(nb)}
     return nb
 
@@ -110,6 +118,11 @@ def _still(output: NotebookNode) -> NotebookNode | None:
 def executed(nb: NotebookNode) -> bool:
     """Whether the stored outputs come from the cells as they stand."""
     return nb.metadata.get("mini", {}).get("executed") == digest(nb)
+
+
+def holds(path: Path, nb: NotebookNode) -> bool:
+    """Whether a file has the cells of this notebook, run as they stand."""
+    return path.exists() and executed(old := read(path)) and digest(old) == digest(nb)
 
 
 def read(path: Path) -> NotebookNode:
@@ -142,12 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         solution = tidy(read(path))
         for target, nb, strict in ((path, solution, True), (CHAPTERS / path.name, derive(solution), False)):
             name = f"{target.parent.name}/{target.name}"
-            if (
-                options.changed
-                and target.exists()
-                and executed(old := read(target))
-                and digest(old) == digest(nb)
-            ):
+            if options.changed and holds(target, nb):
                 print(f"{name}: unchanged")
                 continue
             start = time.perf_counter()

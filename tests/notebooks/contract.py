@@ -8,7 +8,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from mini.lab.claims import MIME
-from tools.chapters import WIDGET, executed
+from tools.chapters import KEPT, WIDGET, executed
 
 LINES, MEDIAN_LINES, FIRST_FIGURE, BYTES = 25, 8, 6, 1_000_000
 TAGS = {"nbval-ignore-output"}
@@ -67,7 +67,7 @@ def cells(nb: NotebookNode, solved: bool) -> Iterator[str]:
     ):
         yield "cell ids are missing or repeated"
     for cell in nb.cells:
-        if extra := cell.metadata.keys() - {"nbgrader", "tags"}:
+        if extra := cell.metadata.keys() - set(KEPT):
             yield f"cell {cell.id} has metadata {sorted(extra)}"
         if unknown := set(cell.metadata.get("tags", [])) - TAGS:
             yield f"cell {cell.id} has unknown tags {sorted(unknown)}"
