@@ -117,7 +117,7 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             seconds += time.perf_counter() - start
-            tokens += data.numel()
+            tokens += data[:, 1:].numel()  # a row's first token is only read
             row = dict(step=step + 1, tokens=tokens, loss=value.item(), grad_norm=norm.item())
             row |= dict(lr=settings.lr * settings.rate(step), seconds=seconds)
             last = step + 1 == settings.steps

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 import mini
+from mini import budget
+from mini.data import Tokenizer, batches, bits_per_character, corpus, train_bpe
 from mini.lab.files import home, set_aside
-from mini.train import load, save
+from mini.model import Config, Transformer
+from mini.train import Settings, load, save, train
 
 Made = tuple[dict[str, Tensor], dict]
 
@@ -141,7 +144,90 @@ def make_all() -> None:
     print(f"{len(RECIPES)} recipes ready after {time.perf_counter() - start:.0f} s")
 
 
-RECIPES: tuple[Callable[[], Any], ...] = ()
+# Chapter 02's language model.
+LANGUAGE_MODEL = Config(vocab_size=1024, dim=128, n_layers=4, n_heads=4, inter_dim=336, max_seq_len=128)
+LANGUAGE_TRAINING = Settings(steps=1100, eval_every=100)
+LANGUAGE_BATCH = 16
+
+
+def validation_sample() -> str:
+    """A tenth of the held-out plays, spread over all of them: quick to score while training runs."""
+    _, held_out = corpus()
+    return "".join(held_out[i : i + 4_000] for i in range(0, len(held_out), 40_000))
+
+
+def language_model(seed: int = 0) -> tuple[Transformer, Tokenizer, list[dict[str, float]]]:
+    """The model trained on Shakespeare, its tokenizer and its history: about two minutes on two cores.
+
+    The history has `bits` (per character of `validation_sample()`) every 100 steps, and at the end `bits_on_all`
+    (of all held-out plays).
+    """
+
+    def make(checkpoint: Path) -> Made:
+        text, held_out = corpus()
+        sample = validation_sample()
+        tokenizer = train_bpe(text, LANGUAGE_MODEL.vocab_size)
+        torch.manual_seed(seed)
+        model = Transformer(LANGUAGE_MODEL)
+        history = train(
+            model,
+            batches(tokenizer.encode(text), LANGUAGE_BATCH, LANGUAGE_MODEL.max_seq_len, seed),
+            LANGUAGE_TRAINING,
+            evaluate=lambda model: {"bits": bits_per_character(model, tokenizer, sample)},
+            checkpoint=checkpoint,
+        )
+        history[-1]["bits_on_all"] = bits_per_character(model, tokenizer, held_out)
+        return model.state_dict(), {"history": history, "tokenizer": tokenizer.to_json()}
+
+    settings = [LANGUAGE_MODEL, LANGUAGE_TRAINING, LANGUAGE_BATCH, seed]
+    tensors, facts = remember("language-model", settings, make)
+    model = Transformer(LANGUAGE_MODEL).eval()
+    model.load_state_dict(tensors)
+    return model, Tokenizer.from_json(facts["tokenizer"]), facts["history"]
+
+
+# Chapter 02's scaling law: the same text in the same order for models of three sizes.
+SCALING_SIZES = ((32, 2), (64, 3), (96, 4))  # width, layers
+SCALING_TRAINING = Settings(steps=200)
+SCALING_SEEDS = 3
+
+
+def scaling_law() -> list[dict[str, float]]:
+    """A row for each size and seed: parameters, training FLOPs, held-out bits per character; about a minute."""
+
+    def make(checkpoint: Path) -> Made:
+        text, _ = corpus()
+        sample = validation_sample()
+        tokenizer = train_bpe(text, LANGUAGE_MODEL.vocab_size)
+        tokens = tokenizer.encode(text)
+        rows = []
+        for dim, n_layers in SCALING_SIZES:
+            config = dataclasses.replace(
+                LANGUAGE_MODEL, dim=dim, n_layers=n_layers, n_heads=dim // 32, inter_dim=dim * 8 // 3
+            )
+            for seed in range(SCALING_SEEDS):
+                torch.manual_seed(seed)
+                model = Transformer(config)
+                batch = batches(tokens, LANGUAGE_BATCH, config.max_seq_len, seed)
+                history = train(model, batch, SCALING_TRAINING, progress=False)
+                rows.append(
+                    {
+                        "seed": seed,
+                        "parameters": sum(p.numel() for p in model.parameters()),
+                        "flops": history[-1]["tokens"] * budget.training_flops(config, config.max_seq_len),
+                        "bits": bits_per_character(model, tokenizer, sample),
+                    }
+                )
+                print(
+                    f"width {dim}, {n_layers} layers, seed {seed}: {rows[-1]['bits']:.3f} bits per character"
+                )
+        return {}, {"rows": rows}
+
+    settings = [LANGUAGE_MODEL, LANGUAGE_BATCH, SCALING_SIZES, SCALING_TRAINING, SCALING_SEEDS]
+    return remember("scaling-law", settings, make)[1]["rows"]
+
+
+RECIPES: tuple[Callable[[], Any], ...] = (language_model, scaling_law)
 
 if __name__ == "__main__":
     make_all()

@@ -38,7 +38,7 @@ def test_training_learns_what_can_be_learned(matrix_lr):
     assert history[0]["loss"] > 2.5
     assert history[-1]["loss"] < 0.1
     assert [row["step"] for row in history] == list(range(1, 121))
-    assert history[-1]["tokens"] == 120 * 8 * 13
+    assert history[-1]["tokens"] == 120 * 8 * 12
 
 
 def test_training_on_noise_does_not_get_below_chance():
