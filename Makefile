@@ -48,9 +48,10 @@ test: ## set up once, then all tests: code, notebooks, and the browser where Chr
 	$(call install,test)
 	@$(VENV_PYTHON) -m tests.run $(STAGES)
 
-chapters: ## derive chapters/ from solutions/ and run both
+chapters: ## derive chapters/ from solutions/, run both, collect the claims
 	$(call install,test)
 	@$(VENV_PYTHON) -m tools.chapters
+	@$(VENV_PYTHON) -m tools.claims
 
 claims: ## collect docs/CLAIMS.md from the executed notebooks
 	$(call install,test)
