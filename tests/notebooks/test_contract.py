@@ -1,6 +1,7 @@
 """Every notebook keeps to the contract; and each rule of the contract is shown to bite."""
 
 import copy
+import functools
 
 import pytest
 from nbformat import NotebookNode
@@ -8,8 +9,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from mini.lab.claims import MIME
 from tests.notebooks import contract
-from tools.chapters import CHAPTERS, SOLUTIONS, WIDGET, read
+from tools import chapters
+from tools.chapters import CHAPTERS, SOLUTIONS, WIDGET
 
+read = functools.cache(chapters.read)
 NOTEBOOKS = sorted(SOLUTIONS.glob("*.ipynb")) + sorted(CHAPTERS.glob("*.ipynb"))
 
 
