@@ -416,3 +416,19 @@ def test_documents_name_what_is_there(name):
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     for target in re.findall(r"`make ([a-z]+)", text) + re.findall(r"^make ([a-z]+)", text, re.M):
         assert target in targets, f"{name} names make {target}"
+
+
+def test_the_map_of_chapters_is_true():
+    """Each chapter that is here has its row with a link and its minutes; those to come have neither."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d\d) \| (.*?) \|.*\| *([\d.]*) \| *([\d.]*) \|$", text, re.M)
+    assert [number for number, *_ in rows] == [f"{number:02d}" for number in range(16)]
+    here = {path.name[:2]: path for path in (ROOT / "chapters").glob("*.ipynb")}
+    for number, title, read, run_ in rows:
+        if number not in here:
+            assert (read, run_) == ("", ""), f"README.md gives minutes for chapter {number}, which is not here"
+            continue
+        assert f"(chapters/{here[number].name})" in title, f"README.md does not link to chapter {number}"
+        first = "".join(json.loads(here[number].read_text(encoding="utf-8"))["cells"][0]["source"])
+        assert re.search(rf"\b{read} minutes to read", first), f"README.md: {read} minutes to read chapter {number}"
+        assert run_, f"README.md says nothing of the minutes that chapter {number} runs"
