@@ -62,11 +62,12 @@ def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimiz
     for name, p in model.named_parameters():
         inner = p.dim() == 2 and "layers." in name and settings.matrix_lr > 0
         (matrices if inner else rest).append(p)
+    decay = settings.weight_decay
     chosen: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+        torch.optim.AdamW(rest, lr=settings.lr, betas=settings.betas, weight_decay=decay, fused=True)
     ]
     if matrices:
-        chosen.append(torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=settings.weight_decay))
+        chosen.append(torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=decay))
     for optimizer in chosen:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
