@@ -163,7 +163,7 @@ def language_model(seed: int = 0) -> tuple[Transformer, Tokenizer, list[dict[str
     (of all held-out plays).
     """
 
-    def make(checkpoint: Path) -> Made:
+    def make(checkpoint: Path | None) -> Made:
         text, held_out = corpus()
         sample = validation_sample()
         tokenizer = train_bpe(text, LANGUAGE_MODEL.vocab_size)
@@ -195,7 +195,7 @@ SCALING_SEEDS = 3
 def scaling_law() -> list[dict[str, float]]:
     """A row for each size and seed: parameters, training FLOPs, held-out bits per character; about a minute."""
 
-    def make(checkpoint: Path) -> Made:
+    def make(checkpoint: Path | None) -> Made:
         text, _ = corpus()
         sample = validation_sample()
         tokenizer = train_bpe(text, LANGUAGE_MODEL.vocab_size)
