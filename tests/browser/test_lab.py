@@ -98,6 +98,16 @@ def lab(outside: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFactory
         server.wait(20)
 
 
+@pytest.fixture
+def page(browser: Browser, chapter: str) -> Iterator[Page]:
+    """An empty tab. What it shows at the end, of a failure too, is kept."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, reduced_motion="reduce")
+    page = context.new_page()
+    yield page
+    page.screenshot(path=ARTIFACTS / f"{chapter}-last.png")
+    context.close()
+
+
 def wait_for_server(server: subprocess.Popen, runtime: Path, seconds: float = 60) -> str:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
@@ -152,11 +162,9 @@ def move(slider: Locator, page: Page) -> float:
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_a_chapter_runs_in_the_browser(chapter, browser, lab, outside):
+def test_a_chapter_runs_in_the_browser(chapter, page, lab, outside):
     errors: list[str] = []
     requests: list[str] = []
-    context = browser.new_context(viewport={"width": 1400, "height": 900}, reduced_motion="reduce")
-    page = context.new_page()
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
@@ -175,7 +183,6 @@ def test_a_chapter_runs_in_the_browser(chapter, browser, lab, outside):
     sliders = notebook.locator(".noUi-handle")
     if sliders.count():
         seconds = move(sliders.first, page)
-        page.screenshot(path=ARTIFACTS / f"{chapter}-slider.png")
         print(f"{chapter}: the figure changed {1000 * seconds:.0f} ms after the slider moved")
 
     menus = page.locator(".lm-MenuBar-item").all_inner_texts()
@@ -188,7 +195,6 @@ def test_a_chapter_runs_in_the_browser(chapter, browser, lab, outside):
     assert strangers == [], "the page asked another machine"
     assert outside[1] == [], "the server or a kernel asked another machine"
     assert errors == [], "errors in the browser's console"
-    context.close()
 
 
 def test_a_chapter_has_a_slider():
