@@ -7,13 +7,14 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -31,7 +32,7 @@ class Settings:
     warmup: int = 20  # steps from 0 to the peak
     decay: float = 1.0  # the share of steps, at the end, over which the rate falls to 0
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # AdamW's
     clip: float = 1.0  # the gradient's norm is cut to this
     eval_every: int = 0  # 0: evaluate at the end only
     save_every: int = 200
@@ -56,18 +57,62 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal, so that every direction of a matrix learns at one speed.
+
+    Jordan et al. 2024, "Muon", with Nesterov momentum; a matrix with more rows than columns takes steps longer by
+    √(rows / columns). The same as torch.optim.Muon but for its bfloat16, which most laptops have to emulate:
+    this one computes in the parameters' own precision, and all matrices of a shape at once.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), same in by_shape.items():
+                steps = []
+                for p in same:
+                    mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    mean.lerp_(p.grad, 1 - group["momentum"])
+                    steps.append(p.grad.lerp(mean, group["momentum"]))
+                length = group["lr"] * max(1, rows / columns) ** 0.5
+                for p, direction in zip(same, orthogonal(torch.stack(steps)), strict=True):
+                    p.add_(direction, alpha=-length)
+
+
+def orthogonal(g: Float[Tensor, "n r c"], steps: int = 5) -> Float[Tensor, "n r c"]:
+    """Each matrix with its singular values pushed to between about 0.7 and 1.2, by a Newton–Schulz iteration.
+
+    x → a x + (b A + c A²) x with A = x xᵀ acts on the singular values alone, and is all matrix products.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at 0, which matters more than landing on 1
+    tall = g.shape[1] > g.shape[2]
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
 def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside `layers`, AdamW for the rest; AdamW alone with matrix_lr=0."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
         inner = p.dim() == 2 and "layers." in name and settings.matrix_lr > 0
         (matrices if inner else rest).append(p)
-    decay = settings.weight_decay
     chosen: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=settings.lr, betas=settings.betas, weight_decay=decay, fused=True)
+        torch.optim.AdamW(
+            rest, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
     ]
     if matrices:
-        chosen.append(torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=decay))
+        chosen.append(Muon(matrices, lr=settings.matrix_lr))
     for optimizer in chosen:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

@@ -7,9 +7,12 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from mini.model import Config, Transformer
-from mini.train import Settings, load, load_weights, save, train
+from mini.train import Muon, Settings, load, load_weights, orthogonal, save, train
 
 CONFIG = Config(vocab_size=20, dim=16, n_layers=1, n_heads=2, inter_dim=24, max_seq_len=16)
 
@@ -50,8 +53,8 @@ def test_training_on_noise_does_not_get_below_chance():
 
 
 def test_the_rate_rises_holds_and_falls():
-    settings = Settings(steps=100, warmup=10, decay=0.5)
-    rates = [settings.rate(i) for i in range(101)]
+    plan = Settings(steps=100, warmup=10, decay=0.5)
+    rates = [plan.rate(i) for i in range(101)]
     assert rates[0] == 0.1
     assert rates[9:51] == [1.0] * 42
     assert rates[75] == 0.5
@@ -60,9 +63,9 @@ def test_the_rate_rises_holds_and_falls():
 
 @pytest.mark.parametrize("matrix_lr", [0.02, 0.0])
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, matrix_lr):
-    settings = Settings(steps=30, matrix_lr=matrix_lr, save_every=10)
+    plan = Settings(steps=30, matrix_lr=matrix_lr, save_every=10)
     whole = fresh()
-    history = train(whole, batch, settings, progress=False)
+    history = train(whole, batch, plan, progress=False)
 
     def broken(step):
         if step == 17:
@@ -71,9 +74,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, matrix_lr):
 
     path = tmp_path / "run.safetensors"
     with pytest.raises(RuntimeError, match="power cut"):
-        train(fresh(), broken, settings, checkpoint=path, progress=False)
+        train(fresh(), broken, plan, checkpoint=path, progress=False)
     resumed = fresh(seed=1)  # its own weights must not matter
-    again = train(resumed, batch, settings, checkpoint=path, progress=False)
+    again = train(resumed, batch, plan, checkpoint=path, progress=False)
     assert same(whole, resumed)
     assert [row["loss"] for row in again] == [row["loss"] for row in history]
 
@@ -108,22 +111,22 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, stop):
     assert 5 <= kept < 60
     if stop == signal.SIGINT:
         assert f"stopped after step {kept} of 60: saved; run this again" in errors
-    settings = Settings(steps=60, save_every=5)
+    plan = Settings(steps=60, save_every=5)
     resumed, whole = fresh(seed=2), fresh()
-    train(resumed, batch, settings, checkpoint=path, progress=False)
-    train(whole, batch, settings, progress=False)
+    train(resumed, batch, plan, checkpoint=path, progress=False)
+    train(whole, batch, plan, progress=False)
     assert same(whole, resumed)
 
 
 def test_a_finished_run_is_loaded_not_repeated(tmp_path):
-    settings = Settings(steps=5)
+    plan = Settings(steps=5)
     first, second = fresh(), fresh(seed=1)
-    train(first, batch, settings, checkpoint=tmp_path / "run", progress=False)
+    train(first, batch, plan, checkpoint=tmp_path / "run", progress=False)
 
     def forbidden(step):
         raise AssertionError("trained again")
 
-    train(second, forbidden, settings, checkpoint=tmp_path / "run", progress=False)
+    train(second, forbidden, plan, checkpoint=tmp_path / "run", progress=False)
     assert same(first, second)
 
 
@@ -235,3 +238,30 @@ def test_weights_that_do_not_fit_are_named():
 def test_bad_settings_are_refused(changes):
     with pytest.raises(ValueError, match=r"steps=0|decay=1.5"):
         Settings(**changes)
+
+
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), seed=st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_orthogonal_keeps_directions_and_evens_out_their_sizes(rows, columns, seed):
+    g = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed))
+    sizes = torch.linalg.svdvals(g)
+    left, _, right = torch.linalg.svd(g, full_matrices=False)
+    made = left.mT @ orthogonal(g) @ right.mT  # diagonal, if the singular vectors are the same
+    diagonal = made.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(made, torch.diag_embed(diagonal), atol=2e-3, rtol=0)
+    large = sizes > 0.1 * sizes.norm(dim=1, keepdim=True)
+    assert ((diagonal > 0.5) & (diagonal < 1.3))[large].all()
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_takes_pytorchs_steps(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    steps = Muon([ours], lr=0.02), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.0)
+    for _ in range(4):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for optimizer in steps:
+            optimizer.step()
+    moved = (ours - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved, "PyTorch's is computed in bfloat16, to within 1 or 2%"
