@@ -149,7 +149,9 @@ class Attention(nn.Module):
             raise ValueError(
                 f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; use a divisor of {n_heads}"
             )
-        self.wqkv = nn.Linear(dim, (n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
+        rows = [n * self.head_dim for n in (n_heads, self.n_kv_heads, self.n_kv_heads)]
+        self.wqkv = nn.Linear(dim, sum(rows), bias=False)
+        self.wqkv.weight.parts = rows  # the optimiser treats stacked matrices each by itself
         self.wo = nn.Linear(dim, dim, bias=False)
 
     def forward(

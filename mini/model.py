@@ -57,6 +57,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, inter_dim: int) -> None:
         super().__init__()
         self.w13 = nn.Linear(dim, 2 * inter_dim, bias=False)
+        self.w13.weight.parts = (inter_dim, inter_dim)  # the optimiser treats stacked matrices each by itself
         self.w2 = nn.Linear(inter_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*b dim"]) -> Float[Tensor, "*b dim"]:

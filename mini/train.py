@@ -27,12 +27,12 @@ class Settings:
     """How to train. Matrices inside the layers take Muon's steps (Jordan et al. 2024), all else takes AdamW's."""
 
     steps: int
-    lr: float = 3e-3  # AdamW's peak: embedding, head, norms
+    lr: float = 8e-3  # AdamW's peak: embedding, head, norms
     matrix_lr: float = 0.02  # Muon's peak: the matrices of the layers; 0 gives them to AdamW as well
     warmup: int = 20  # steps from 0 to the peak
     decay: float = 1.0  # the share of steps, at the end, over which the rate falls to 0
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0  # AdamW's
+    weight_decay: float = 0.1  # of the matrices of the layers, as a share of their learning rate
     clip: float = 1.0  # the gradient's norm is cut to this
     eval_every: int = 0  # 0: evaluate at the end only
     save_every: int = 200
@@ -61,28 +61,33 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal, so that every direction of a matrix learns at one speed.
 
     Jordan et al. 2024, "Muon", with Nesterov momentum; a matrix with more rows than columns takes steps longer by
-    √(rows / columns). The same as torch.optim.Muon but for its bfloat16, which most laptops have to emulate:
-    this one computes in the parameters' own precision, and all matrices of a shape at once.
+    √(rows / columns). Matrices stacked in one parameter (its `parts`: their numbers of rows) are treated each by
+    itself. Otherwise the same as torch.optim.Muon, but for its bfloat16, which most laptops have to emulate: this
+    one computes in the parameters' own precision, and all matrices of a shape at once.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
+                mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                parts = getattr(p, "parts", len(p))
+                steps = p.grad.lerp(mean, group["momentum"])
+                for matrix, step in zip(p.split(parts), steps.split(parts), strict=True):
+                    by_shape.setdefault(matrix.shape, []).append((matrix, step))
             for (rows, columns), same in by_shape.items():
-                steps = []
-                for p in same:
-                    mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    mean.lerp_(p.grad, 1 - group["momentum"])
-                    steps.append(p.grad.lerp(mean, group["momentum"]))
                 length = group["lr"] * max(1, rows / columns) ** 0.5
-                for p, direction in zip(same, orthogonal(torch.stack(steps)), strict=True):
-                    p.add_(direction, alpha=-length)
+                made = orthogonal(torch.stack([step for _, step in same]))
+                for (matrix, _), direction in zip(same, made, strict=True):
+                    matrix.add_(direction, alpha=-length)
 
 
 def orthogonal(g: Float[Tensor, "n r c"], steps: int = 5) -> Float[Tensor, "n r c"]:
@@ -104,15 +109,16 @@ def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimiz
     """Muon for the matrices inside `layers`, AdamW for the rest; AdamW alone with matrix_lr=0."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        inner = p.dim() == 2 and "layers." in name and settings.matrix_lr > 0
+        inner = p.dim() == 2 and "layers." in name
         (matrices if inner else rest).append(p)
+    groups = [{"params": rest, "weight_decay": 0.0}]
+    if settings.matrix_lr == 0:
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay})
     chosen: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            rest, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
     ]
-    if matrices:
-        chosen.append(Muon(matrices, lr=settings.matrix_lr))
+    if settings.matrix_lr > 0:
+        chosen.append(Muon(matrices, lr=settings.matrix_lr, weight_decay=settings.weight_decay))
     for optimizer in chosen:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mini.model import Config, Transformer
-from mini.train import Muon, Settings, load, load_weights, orthogonal, save, train
+from mini.train import Muon, Settings, load, load_weights, optimizers, orthogonal, save, train
 
 CONFIG = Config(vocab_size=20, dim=16, n_layers=1, n_heads=2, inter_dim=24, max_seq_len=16)
 
@@ -147,7 +147,7 @@ def test_a_diverged_run_stops_and_says_where():
         return model(data[:, :-1]).sum() * float("nan")
 
     with pytest.raises(FloatingPointError, match=r"loss nan at step 0; lower lr=0.003"):
-        train(fresh(), batch, Settings(steps=3), loss=bad, progress=False)
+        train(fresh(), batch, Settings(steps=3, lr=0.003), loss=bad, progress=False)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -265,3 +265,31 @@ def test_muon_takes_pytorchs_steps(shape):
             optimizer.step()
     moved = (ours - start).norm()
     assert (ours - theirs).norm() < 0.02 * moved, "PyTorch's is computed in bfloat16, to within 1 or 2%"
+
+
+def test_muon_treats_stacked_matrices_each_by_itself():
+    torch.manual_seed(0)
+    whole, grad = torch.randn(20, 8), torch.randn(20, 8)
+    stacked = nn.Parameter(whole.clone())
+    stacked.parts = (8, 12)
+    alone = [nn.Parameter(part.clone()) for part in whole.split((8, 12))]
+    stacked.grad = grad.clone()
+    for p, g in zip(alone, grad.split((8, 12)), strict=True):
+        p.grad = g.clone()
+    Muon([stacked], lr=0.02).step()
+    Muon(alone, lr=0.02).step()
+    torch.testing.assert_close(stacked.data, torch.cat([p.data for p in alone]))
+
+
+@pytest.mark.parametrize("matrix_lr", [0.02, 0.0])
+def test_weight_decay_acts_on_the_matrices_of_the_layers_alone(matrix_lr):
+    model = fresh()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for optimizer in optimizers(model, Settings(steps=1, lr=0.02, matrix_lr=matrix_lr, weight_decay=0.5)):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        decayed = p.dim() == 2 and "layers." in name
+        torch.testing.assert_close(p.data, before[name] * (0.99 if decayed else 1.0))
