@@ -150,6 +150,7 @@ def train(
         history = resume(checkpoint, model, opts, settings)
     device = next(model.parameters()).device
     tokens, seconds = (history[-1]["tokens"], history[-1]["seconds"]) if history else (0, 0.0)
+    shown: dict[str, str] = {}  # in the progress bar
     bar = tqdm(total=settings.steps, initial=len(history), desc="training", unit="step", disable=not progress)
     with bar, finish_step_on_interrupt() as interrupted:
         for step in range(len(history), settings.steps):
@@ -180,9 +181,8 @@ def train(
                 row |= evaluate(model)
             history.append(row)
             bar.update()
-            bar.set_postfix(
-                {k: f"{v:.3f}" for k, v in row.items() if k in SHOWN or k not in ROW}, refresh=False
-            )
+            shown |= {k: f"{v:.3f}" for k, v in row.items() if k in SHOWN or k not in ROW}
+            bar.set_postfix(shown, refresh=False)
             if checkpoint is not None and (last or interrupted or (step + 1) % settings.save_every == 0):
                 save_run(checkpoint, model, opts, settings, history)
             if interrupted:

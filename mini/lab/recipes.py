@@ -145,9 +145,9 @@ def make_all() -> None:
 
 
 # Chapter 02's language model.
-LANGUAGE_MODEL = Config(vocab_size=1024, dim=128, n_layers=4, n_heads=4, inter_dim=336, max_seq_len=128)
-LANGUAGE_TRAINING = Settings(steps=1100, eval_every=100)
-LANGUAGE_BATCH = 16
+LANGUAGE_MODEL = Config(vocab_size=1024, dim=128, n_layers=3, n_heads=2, inter_dim=336, max_seq_len=128)
+LANGUAGE_TRAINING = Settings(steps=2400, eval_every=200)
+LANGUAGE_BATCH = 8
 
 
 def validation_sample() -> str:
@@ -159,7 +159,7 @@ def validation_sample() -> str:
 def language_model(seed: int = 0) -> tuple[Transformer, Tokenizer, list[dict[str, float]]]:
     """The model trained on Shakespeare, its tokenizer and its history: about two minutes on two cores.
 
-    The history has `bits` (per character of `validation_sample()`) every 100 steps, and at the end `bits_on_all`
+    The history has `bits` (per character of `validation_sample()`) every 200 steps, and at the end `bits_on_all`
     (of all held-out plays).
     """
 
@@ -187,8 +187,8 @@ def language_model(seed: int = 0) -> tuple[Transformer, Tokenizer, list[dict[str
 
 
 # Chapter 02's scaling law: the same text in the same order for models of three sizes.
-SCALING_SIZES = ((32, 2), (64, 3), (96, 4))  # width, layers
-SCALING_TRAINING = Settings(steps=200)
+SCALING_SIZES = ((32, 2), (64, 2), (128, 3))  # width, layers
+SCALING_TRAINING = Settings(steps=300)
 SCALING_SEEDS = 3
 
 
