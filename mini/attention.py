@@ -55,6 +55,11 @@ def attend(
         raise ValueError(
             f"{t} queries but only {s} keys: a causal query needs its own key; pass causal=False"
         )
+    if (
+        g != h and t == 1
+    ):  # a single query needs no causal mask, so the heads of a group can be its key head's queries
+        grouped = attend(rearrange(q, "b (g r) 1 d -> b g r d", g=g), k, v, causal=False, mask=mask)
+        return rearrange(grouped, "b g r e -> b (g r) 1 e")
     if g != h:
         k, v = (repeat(x, "b g s d -> b (g r) s d", r=h // g) for x in (k, v))
     if mask is None and causal and 1 < t < s:

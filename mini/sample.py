@@ -93,23 +93,26 @@ def sample(
     tokens, pad = tokens.to(device), None if pad is None else pad.to(device)
     out = torch.full((b, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(b, max_new_tokens, device=device)
-    live = torch.arange(b, device=device)  # which rows of the output the batch still holds
+    live: slice | Tensor = slice(None)  # which rows of the output the batch still holds
     ended = torch.zeros(b, dtype=torch.bool, device=device)
     cache = model.new_cache(b, longest)
     for i in range(max_new_tokens):
         logits = model.logits(model.hidden(tokens, cache, pad)[:, -1])
         token = choose(logits, temperature, top_p, generator)
-        logprob = logits.log_softmax(dim=-1).gather(1, rearrange(token, "b -> b 1"))
-        out[live, i] = token.where(~ended, -1)
-        logprobs[live, i] = rearrange(logprob, "b 1 -> b").where(~ended, 0.0)
+        tokens = rearrange(token, "b -> b 1")
+        out[live, i] = token
+        logprobs[live, i] = logits.log_softmax(dim=-1).gather(1, tokens)[:, 0]
         if end is not None:
             ended = ended | (token == end)
             if ended.all():
                 break
             if ended.sum() * 4 >= len(ended):  # dropping copies the cache, so wait until it is worth it
-                live, token, pad = live[~ended], token[~ended], None if pad is None else pad[~ended]
+                live, pad = torch.arange(b, device=device)[live][~ended], None if pad is None else pad[~ended]
+                tokens = tokens[~ended]
                 for layer in cache:
                     layer.keep(~ended)
                 ended = ended[~ended]
-        tokens = rearrange(token, "b -> b 1")
+    if end is not None:  # what an ended row still drew, until it was dropped
+        past = (out == end).cumsum(dim=1) - (out == end).int() > 0
+        out, logprobs = out.masked_fill(past, -1), logprobs.masked_fill(past, 0.0)
     return Samples(out, logprobs, (out >= 0).sum(dim=1))

@@ -146,7 +146,7 @@ def make_all() -> None:
 
 # Chapter 02's language model.
 LANGUAGE_MODEL = Config(vocab_size=1024, dim=128, n_layers=3, n_heads=2, inter_dim=336, max_seq_len=128)
-LANGUAGE_TRAINING = Settings(steps=2400, eval_every=200)
+LANGUAGE_TRAINING = Settings(steps=1800, eval_every=200)
 LANGUAGE_BATCH = 8
 
 
@@ -188,7 +188,7 @@ def language_model(seed: int = 0) -> tuple[Transformer, Tokenizer, list[dict[str
 
 # Chapter 02's scaling law: the same text in the same order for models of three sizes.
 SCALING_SIZES = ((32, 2), (64, 2), (128, 3))  # width, layers
-SCALING_TRAINING = Settings(steps=300)
+SCALING_TRAINING = Settings(steps=250)
 SCALING_SEEDS = 3
 
 
