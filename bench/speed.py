@@ -90,9 +90,8 @@ def decoding(shape: Config, batch: int, new: int, rounds: int = 5) -> tuple[floa
 
 
 def main() -> None:
-    print(
-        f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    print(f"float32, {torch.get_num_threads()} threads")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     print("\n| | mini, tok/s | transformers, tok/s | ratio |\n|---|---|---|---|")
     for name, n_kv_heads in HEADS.items():
         shape = config(n_kv_heads)
