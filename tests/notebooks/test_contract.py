@@ -96,7 +96,7 @@ BROKEN = {
     "no solution": (contract.exercises, lambda nb: replace(exercise(nb), "### BEGIN SOLUTION", "")),
     "a failed check": (contract.exercises, lambda nb: check_cell(nb).outputs[0].update(text="✗ 99.1")),
     "an absolute path": (contract.paths, lambda nb: nb.cells.append(new_code_cell("open('/home/me/x')"))),
-    "a path in an output": (contract.paths, lambda nb: add_output(nb, plain("saved to /tmp/x"))),
+    "a path in an output": (contract.paths, lambda nb: add_output(nb, plain("saved to /Users/me/x"))),
     "a Windows path": (contract.paths, lambda nb: add_output(nb, plain(r"C:\Users\me"))),
     "a download": (contract.network, lambda nb: nb.cells.append(new_code_cell("import requests"))),
     "an install": (contract.network, lambda nb: nb.cells.append(new_code_cell("%pip install x"))),
