@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from bench.llama import to_llama
 from mini import budget
 from mini.budget import LLAMA_405B, V3
+from mini.model import Transformer
 
 TINY = replace(
     V3,
@@ -95,16 +97,7 @@ def test_transformers_default_is_v3():
 def test_a_llama_with_grouped_queries():
     c = replace(LLAMA_405B, vocab_size=101, dim=32, n_layers=3, n_heads=8, n_kv_heads=2, inter_dim=56)
     for tied in (False, True):
-        config = LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.dim,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads,
-            intermediate_size=c.inter_dim,
-            tie_word_embeddings=tied,
-        )
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config)
-        ours = sum(budget.parameters(replace(c, tie_embeddings=tied)).values())
+        shape = replace(c, tie_embeddings=tied)
+        model = to_llama(Transformer(shape))
+        ours = sum(budget.parameters(shape).values())
         assert ours == sum(p.numel() for p in model.parameters())
