@@ -59,7 +59,7 @@ claims: ## collect docs/CLAIMS.md from the executed notebooks
 
 weights: ## train every model of the course ahead of time, for a workshop
 	$(call install,lab)
-	@$(VENV_PYTHON) -m mini.lab.recipes
+	@$(VENV_PYTHON) -m tools.weights
 
 bench: ## speed side by side with transformers
 	$(call install,test)

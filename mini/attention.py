@@ -37,14 +37,15 @@ def attend(
     k: Float[Tensor, "b g s d"],
     v: Float[Tensor, "b g s e"],
     causal: bool = True,
-    mask: Bool[Tensor, "b 1 t s"] | None = None,
+    mask: Bool[Tensor, "#b 1 t s"] | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "b h t e"]:
     """Scaled dot-product attention, equal to `attention_weights(q, k) @ v` without storing the weights.
 
     The queries are the last t of the s positions, as when a cache holds the earlier ones. With fewer
     key-value heads than query heads (g < h), each key-value head serves h / g neighbouring query heads
     (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245). `mask` (True: may look) replaces the
-    causal rule.
+    causal rule, `scale` the factor 1/√d.
 
     Raises ValueError if g does not divide h, or if a causal call has more queries than keys.
     """
@@ -55,31 +56,37 @@ def attend(
         raise ValueError(
             f"{t} queries but only {s} keys: a causal query needs its own key; pass causal=False"
         )
-    if (
-        g != h and t == 1
-    ):  # a single query needs no causal mask, so the heads of a group can be its key head's queries
-        grouped = attend(rearrange(q, "b (g r) 1 d -> b g r d", g=g), k, v, causal=False, mask=mask)
-        return rearrange(grouped, "b g r e -> b (g r) 1 e")
-    if g != h:
-        k, v = (repeat(x, "b g s d -> b (g r) s d", r=h // g) for x in (k, v))
     if mask is None and causal and 1 < t < s:
-        mask = causal_mask(t, s, q.device)
+        mask = rearrange(causal_mask(t, s, q.device), "t s -> 1 1 t s")
+    if g != h and (mask is not None or t == 1):  # the heads of a group become their key head's queries
+        mask = None if mask is None else repeat(mask, "b 1 t s -> b 1 (r t) s", r=h // g)
+        q = rearrange(q, "b (g r) t d -> b g (r t) d", g=g)
+        grouped = attend(q, k, v, causal=False, mask=mask, scale=scale)
+        return rearrange(grouped, "b g (r t) e -> b (g r) t e", t=t)
+    if g != h:  # without a mask to repeat, repeating the keys leaves the causal rule to a faster routine
+        k, v = (repeat(x, "b g s d -> b (g r) s d", r=h // g) for x in (k, v))
     # One query that is the last position sees everything, so it needs no mask at all.
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and mask is None and t > 1
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None and t > 1, scale=scale
     )
 
 
+def rope_frequencies(head_dim: int, theta: float = 10_000.0) -> Float[Tensor, "half"]:
+    """θ_i = theta^(-2i / head_dim) for i < head_dim / 2: how far pair i turns from one position to the next."""
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} is odd; RoPE rotates pairs, use an even head width")
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
 def rope_table(
-    head_dim: int, max_seq_len: int, theta: float = 10_000.0
+    head_dim: int, max_seq_len: int, theta: float = 10_000.0, frequency: Float[Tensor, "half"] | None = None
 ) -> tuple[Float[Tensor, "t half"], Float[Tensor, "t half"]]:
-    """cos and sin of m·θ_i for position m and frequency θ_i = theta^(-2i / head_dim), i < head_dim / 2.
+    """cos and sin of m·θ_i for position m and frequency θ_i, by default those of `rope_frequencies`.
 
     Rotary position embedding, Su et al. 2021, arXiv:2104.09864, equation 15.
     """
-    if head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} is odd; RoPE rotates pairs, use an even head width")
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if frequency is None:
+        frequency = rope_frequencies(head_dim, theta)
     angle = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 
@@ -96,9 +103,10 @@ def rope(
     (x₀, x₁), (x₂, x₃) … as DeepSeek-V3 and the paper do; otherwise number i of the first half goes with
     number i of the second, as Llama's weights in transformers have it. Mixing them up is silent and wrong.
     """
-    if interleaved:
-        x1, x2 = rearrange(x, "... (half pair) -> pair ... half", pair=2)
-        return rearrange([x1 * cos - x2 * sin, x2 * cos + x1 * sin], "pair ... half -> ... (half pair)")
+    if interleaved:  # a pair is a complex number, and turning it is multiplying it by cos + i sin
+        pairs = rearrange(x.float(), "... (half pair) -> ... half pair", pair=2).contiguous()
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+        return rearrange(turned, "... half pair -> ... (half pair)").type_as(x)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
@@ -158,6 +166,9 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(dim, sum(rows), bias=False)
         self.wqkv.weight.parts = rows  # the optimiser treats stacked matrices each by itself
         self.wo = nn.Linear(dim, dim, bias=False)
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        return KVCache(batch, self.n_kv_heads, max_len, self.head_dim, self.wo.weight.device)
 
     def forward(
         self,

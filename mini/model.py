@@ -12,6 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mini.attention import Attention, KVCache, rope_table
+from mini.latent_attention import LatentAttention, LatentCache, yarn_frequencies, yarn_mscale
+from mini.moe import Experts, Gate, MoE
+
+Cache = KVCache | LatentCache
 
 
 @dataclass(frozen=True)
@@ -34,20 +38,43 @@ class Config:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    # YaRN, which stretches latent attention's RoPE to a longer context; rope_factor = 1 means without.
+    rope_factor: float = 1.0  # how many times as long as original_seq_len
+    original_seq_len: int = 0  # the context of training
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
     # Mixture of experts (chapter 04); n_routed_experts = 0 means dense layers only.
     n_dense_layers: int = 0  # the first layers, which stay dense
     n_routed_experts: int = 0
     n_shared_experts: int = 0
     n_activated_experts: int = 0
     moe_inter_dim: int = 0
+    n_expert_groups: int = 1
+    n_limited_groups: int = 1  # a token's experts come from this many groups
+    route_scale: float = 1.0  # the gates are multiplied by this
+    norm_topk_prob: bool = True  # the gates of the chosen experts sum to one (before route_scale)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "inter_dim", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_routed_experts and not self.moe_inter_dim:
+            raise ValueError(
+                f"n_routed_experts={self.n_routed_experts} need a moe_inter_dim, the width of each"
+            )
         if self.n_activated_experts > self.n_routed_experts:
             raise ValueError(
                 f"n_activated_experts={self.n_activated_experts} exceeds n_routed_experts={self.n_routed_experts}"
+            )
+        if self.kv_lora_rank:
+            for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"kv_lora_rank={self.kv_lora_rank} needs a {name} of at least 1")
+        if self.rope_factor != 1 and not (
+            self.kv_lora_rank and self.rope_factor > 1 and self.original_seq_len
+        ):
+            raise ValueError(
+                f"rope_factor={self.rope_factor} (YaRN) needs a kv_lora_rank, a factor above 1, an original_seq_len"
             )
 
 
@@ -65,65 +92,82 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(gate) * up)
 
 
-class Block(nn.Module):
-    """One layer: each part reads a normalised copy of the stream and adds its result back."""
+def build_attention(c: Config) -> Attention | LatentAttention:
+    """Latent attention if the configuration has a latent, ordinary attention otherwise."""
+    if not c.kv_lora_rank:
+        return Attention(c.dim, c.n_heads, c.n_kv_heads)
+    widths = c.q_lora_rank, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+    return LatentAttention(c.dim, c.n_heads, *widths, mscale=yarn_mscale(c.rope_factor))
 
-    def __init__(self, config: Config) -> None:
+
+def build_moe(c: Config) -> MoE:
+    """Router, routed experts, and the shared ones: these need no router, so all of them are one wider feed-forward."""
+    groups = c.n_expert_groups, c.n_limited_groups
+    gate = Gate(c.dim, c.n_routed_experts, c.n_activated_experts, *groups, c.route_scale, c.norm_topk_prob)
+    shared = FeedForward(c.dim, c.n_shared_experts * c.moe_inter_dim) if c.n_shared_experts else None
+    return MoE(gate, Experts(c.n_routed_experts, c.dim, c.moe_inter_dim), shared)
+
+
+class Block(nn.Module):
+    """One layer: each part reads a normalised copy of the stream and adds its result back.
+
+    `experts`: the feed-forward is a mixture of experts.
+    """
+
+    def __init__(self, config: Config, experts: bool) -> None:
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attn = Attention(config.dim, config.n_heads, config.n_kv_heads)
+        self.attn = build_attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn = FeedForward(config.dim, config.inter_dim)
+        self.ffn = build_moe(config) if experts else FeedForward(config.dim, config.inter_dim)
 
     def forward(
         self,
         x: Float[Tensor, "b t dim"],
         cos: Tensor,
         sin: Tensor,
-        cache: KVCache | None,
+        cache: Cache | None,
         mask: Tensor | None,
     ) -> Float[Tensor, "b t dim"]:
         x = x + self.attn(self.attn_norm(x), cos, sin, cache, mask)
         return x + self.ffn(self.ffn_norm(x))
 
 
-class Transformer(nn.Module):
-    """tokens → logits. `hidden` stops before the head, so that sampling scores only the last position.
+def build_rope(c: Config) -> tuple[Float[Tensor, "t half"], Float[Tensor, "t half"]]:
+    """cos and sin for the part of a head that RoPE turns: all of it, or latent attention's rotary part."""
+    if not c.kv_lora_rank:
+        return rope_table(c.dim // c.n_heads, c.max_seq_len, c.rope_theta)
+    stretch = c.rope_factor, c.original_seq_len, c.beta_fast, c.beta_slow
+    frequency = yarn_frequencies(c.qk_rope_head_dim, c.rope_theta, *stretch) if c.rope_factor > 1 else None
+    return rope_table(c.qk_rope_head_dim, c.max_seq_len, c.rope_theta, frequency)
 
-    Raises ValueError for a configuration that it does not build.
-    """
+
+class Transformer(nn.Module):
+    """tokens → logits. `hidden` stops before the head, so that sampling scores only the last position."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        for name, chapter in (("kv_lora_rank", "03"), ("n_routed_experts", "04")):
-            if value := getattr(config, name):
-                raise ValueError(
-                    f"{name}={value}: Transformer does not build this yet (chapter {chapter}); set it to 0"
-                )
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        dense = config.n_dense_layers if config.n_routed_experts else config.n_layers
+        self.layers = nn.ModuleList(Block(config, experts=i >= dense) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        cos, sin = rope_table(config.dim // config.n_heads, config.max_seq_len, config.rope_theta)
+        cos, sin = build_rope(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for p in self.parameters():
-            if p.dim() == 2:  # 0.5 / √dim is 0.006 at DeepSeek-V3's width, the value that its report gives
+            if p.dim() > 1:  # 0.5 / √dim is 0.006 at DeepSeek-V3's width, the value that its report gives
                 nn.init.normal_(p, std=0.5 * config.dim**-0.5)
 
-    def new_cache(self, batch: int, max_len: int) -> list[KVCache]:
+    def new_cache(self, batch: int, max_len: int) -> list[Cache]:
         """One empty cache a layer, for `batch` sequences of up to `max_len` positions."""
-        attn = self.layers[0].attn
-        return [
-            KVCache(batch, attn.n_kv_heads, max_len, attn.head_dim, self.embed.weight.device)
-            for _ in self.layers
-        ]
+        return [layer.attn.new_cache(batch, max_len) for layer in self.layers]
 
     def hidden(
         self,
         tokens: Int[Tensor, "b t"],
-        cache: list[KVCache] | None = None,
+        cache: list[Cache] | None = None,
         pad: Int[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b t dim"]:
         """The stream after the last layer and norm. `pad[b]` leading slots of row b are filler and never read.
@@ -151,7 +195,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "b t"],
-        cache: list[KVCache] | None = None,
+        cache: list[Cache] | None = None,
         pad: Int[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b t vocab"]:
         return self.logits(self.hidden(tokens, cache, pad))

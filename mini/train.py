@@ -79,15 +79,16 @@ class Muon(torch.optim.Optimizer):
                 mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                parts = getattr(p, "parts", len(p))
+                parts = getattr(p, "parts", p.shape[-2])
                 steps = p.grad.lerp(mean, group["momentum"])
-                for matrix, step in zip(p.split(parts), steps.split(parts), strict=True):
-                    by_shape.setdefault(matrix.shape, []).append((matrix, step))
+                for pair in zip(p.split(parts, dim=-2), steps.split(parts, dim=-2), strict=True):
+                    matrices, step = (x.view(-1, *x.shape[-2:]) for x in pair)
+                    by_shape.setdefault(matrices.shape[1:], []).append((matrices, step))
             for (rows, columns), same in by_shape.items():
                 length = group["lr"] * max(1, rows / columns) ** 0.5
-                made = orthogonal(torch.stack([step for _, step in same]))
-                for (matrix, _), direction in zip(same, made, strict=True):
-                    matrix.add_(direction, alpha=-length)
+                made = orthogonal(torch.cat([step for _, step in same]))
+                for (matrices, _), step in zip(same, made.split([len(m) for m, _ in same]), strict=True):
+                    matrices.add_(step, alpha=-length)
 
 
 def orthogonal(g: Float[Tensor, "n r c"], steps: int = 5) -> Float[Tensor, "n r c"]:
@@ -109,7 +110,7 @@ def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimiz
     """Muon for the matrices inside `layers`, AdamW for the rest; AdamW alone with matrix_lr=0."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        inner = p.dim() == 2 and "layers." in name
+        inner = p.dim() > 1 and "layers." in name
         (matrices if inner else rest).append(p)
     groups = [{"params": rest, "weight_decay": 0.0}]
     if settings.matrix_lr == 0:

@@ -3,6 +3,7 @@
 from mini.lab.check import CheckFailed, agree, check, progress
 from mini.lab.claims import claim, ledger
 from mini.lab.figures import PALETTE, mean_interval, show
+from mini.lab.study import shakespeare, study
 from mini.lab.widgets import explore, predict, recall
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "predict",
     "progress",
     "recall",
+    "shakespeare",
     "show",
+    "study",
 ]

@@ -1,4 +1,4 @@
-"""Recipes: train a model once, keep it, load it from then on. `python -m mini.lab.recipes` makes them all."""
+"""Recipes: train a model once, keep it, load it from then on."""
 
 import contextlib
 import dataclasses
@@ -72,7 +72,7 @@ def digest(name: str, settings: Any) -> str:
     except TypeError as error:
         raise ValueError(f"the settings of {name} have to be plain values: {error}") from error
     root = Path(mini.__file__).parent
-    sources = [*sorted(root.glob("*.py")), root / "lab" / "recipes.py"]
+    sources = [*sorted(root.glob("*.py")), root / "lab" / "recipes.py", root / "lab" / "study.py"]
     parts = [
         text,
         *(f"{p.name}\n{p.read_text(encoding='utf-8')}" for p in sources),
@@ -134,14 +134,6 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def make_all() -> None:
-    """Make every recipe that is not kept yet."""
-    start = time.perf_counter()
-    for recipe in RECIPES:
-        recipe()
-    print(f"{len(RECIPES)} recipes ready after {time.perf_counter() - start:.0f} s")
 
 
 # Chapter 02's language model.
@@ -225,9 +217,3 @@ def scaling_law() -> list[dict[str, float]]:
 
     settings = [LANGUAGE_MODEL, LANGUAGE_BATCH, SCALING_SIZES, SCALING_TRAINING, SCALING_SEEDS]
     return remember("scaling-law", settings, make)[1]["rows"]
-
-
-RECIPES: tuple[Callable[[], Any], ...] = (language_model, scaling_law)
-
-if __name__ == "__main__":
-    make_all()

@@ -81,8 +81,9 @@ def test_tied_embeddings_share_one_matrix():
         (dict(n_heads=6), r"n_heads=6 does not divide dim=32; try 4 or 8"),
         (dict(n_kv_heads=3), r"n_kv_heads=3 does not divide n_heads=4; use a divisor of 4"),
         (dict(vocab_size=0), r"vocab_size=0 must be at least 1"),
-        (dict(kv_lora_rank=8), r"kv_lora_rank=8.*chapter 03.*set it to 0"),
-        (dict(n_routed_experts=8, n_activated_experts=2), r"n_routed_experts=8.*chapter 04"),
+        (dict(kv_lora_rank=8), r"kv_lora_rank=8 needs a qk_nope_head_dim of at least 1"),
+        (dict(rope_factor=4.0), r"rope_factor=4.0 \(YaRN\) needs a kv_lora_rank"),
+        (dict(n_routed_experts=8, n_activated_experts=2), r"n_routed_experts=8 need a moe_inter_dim"),
         (dict(n_activated_experts=2), r"n_activated_experts=2 exceeds n_routed_experts=0"),
     ],
 )

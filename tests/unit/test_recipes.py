@@ -63,16 +63,16 @@ def test_other_settings_name_or_sources_are_made_anew(monkeypatch, tmp_path):
 
     package = tmp_path / "mini"
     (package / "lab").mkdir(parents=True)
-    for name in ("__init__.py", "model.py", "lab/recipes.py"):
+    for name in ("__init__.py", "model.py", "lab/recipes.py", "lab/study.py"):
         (package / name).write_bytes(b"a = 1\n")
     monkeypatch.setattr(recipes.mini, "__file__", str(package / "__init__.py"))
     seen = {digest("model", SETTINGS)}
     (package / "model.py").write_bytes(b"a = 1\r\n")  # as git on Windows checks it out
     assert digest("model", SETTINGS) in seen
-    for name in ("model.py", "lab/recipes.py", "new.py"):
+    for name in ("model.py", "lab/recipes.py", "lab/study.py", "new.py"):
         (package / name).write_bytes(b"a = 2\n")
         seen.add(digest("model", SETTINGS))
-    assert len(seen) == 4
+    assert len(seen) == 5
 
 
 def test_settings_may_be_dataclasses_and_have_to_be_plain():
@@ -258,11 +258,3 @@ def test_two_processes_at_once_make_it_once(cache, tmp_path):
     assert sum("another process is making this; waiting for it" in out for out in outs) <= 1
     assert sum("model: loaded; made on" in out for out in outs) == 1
     assert len(kept(cache)) == 1
-
-
-def test_all_recipes_can_be_made_ahead(monkeypatch, capsys):
-    done = []
-    monkeypatch.setattr(recipes, "RECIPES", (lambda: done.append(1), lambda: done.append(2)))
-    recipes.make_all()
-    assert done == [1, 2]
-    assert capsys.readouterr().out.startswith("2 recipes ready after")

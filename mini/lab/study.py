@@ -1,0 +1,89 @@
+"""Studies: one small training many times over, with other settings and seeds, on all cores at once, and kept."""
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky import get_reusable_executor
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mini.data import Tokenizer, corpus, train_bpe
+from mini.lab.recipes import Made, remember, validation_sample
+from mini.train import load, save
+
+Row = dict[str, Any]
+
+
+def study(name: str, run: Callable[..., Row], jobs: Sequence[Row]) -> list[Row]:
+    """`run(**job)` for every job: a row each, the job with what `run` returned and its `seconds`, in the jobs' order.
+
+    Jobs share the cores, one thread each, so a row does not depend on how many cores there are. The result is
+    kept: it belongs to the jobs, to `run` and what it uses of the notebook (functions and plain values), and to the
+    sources of `mini`; a change of any makes it anew. After an interrupt the next call goes on with the jobs left.
+    """
+
+    def make(checkpoint: Path | None) -> Made:
+        done: dict[str, Row] = load(checkpoint)[1]["rows"] if checkpoint and checkpoint.exists() else {}
+        todo = [i for i in range(len(jobs)) if str(i) not in done]
+        workers = min(torch.get_num_threads(), len(todo))
+        bar = tqdm(total=len(jobs), initial=len(done), desc=name, unit="run")
+        with bar, parallel_config("loky", inner_max_num_threads=1):
+            pool = Parallel(n_jobs=workers, return_as="generator_unordered")
+            try:
+                for i, row in pool(delayed(_timed)(run, i, jobs[i]) for i in todo):
+                    done[str(i)] = row
+                    bar.update()
+                    if checkpoint is not None:
+                        save(checkpoint, {}, {"rows": done})
+            finally:
+                if workers > 1:  # nothing is left running, nor waiting with its memory
+                    get_reusable_executor().shutdown(wait=False, kill_workers=True)
+        return {}, {"rows": [done[str(i)] for i in range(len(jobs))]}
+
+    return remember(name, [list(jobs), sources(run)], make)[1]["rows"]
+
+
+def _timed(run: Callable[..., Row], i: int, job: Row) -> tuple[int, Row]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    try:
+        return i, {**job, **run(**job), "seconds": time.perf_counter() - start}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def sources(run: Callable) -> list[str]:
+    """The text of `run` and of all that it uses of its own module: functions, classes and plain values.
+
+    What `mini` and other libraries define is left out; `remember` looks after the first.
+    """
+    found: dict[str, str] = {}
+
+    def add(name: str, value: object) -> None:
+        if name in found or inspect.ismodule(value):
+            return
+        if not callable(value):
+            found[name] = repr(value)
+        elif value.__module__ == run.__module__:
+            found[name] = inspect.getsource(value)
+            if inspect.isfunction(value):
+                for key, used in inspect.getclosurevars(value).globals.items():
+                    add(key, used)
+
+    add(run.__qualname__, run)
+    return [f"{name}: {text}" for name, text in sorted(found.items())]
+
+
+@functools.cache
+def shakespeare(vocab_size: int = 1024) -> tuple[Tensor, str, Tokenizer]:
+    """The training text as tokens, `validation_sample()`, and the tokenizer; made once in each process."""
+    text, _ = corpus()
+    tokenizer = train_bpe(text, vocab_size)
+    return torch.tensor(tokenizer.encode(text)), validation_sample(), tokenizer
