@@ -264,15 +264,17 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str | Pat
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:
-    """Write tensors and JSON facts to one safetensors file, whole or not at all.
+    """Write tensors and JSON facts to one safetensors file, whole or not at all (see `write`)."""
+    whole = {k: t.contiguous() for k, t in tensors.items()}
+    write(path, safetensors.torch.save(whole, {"facts": json.dumps(facts)}))
 
-    The file appears under its name only when complete, so a crash or a full disk leaves the old one as it
-    was. Raises OSError that says how much room is missing.
+
+def write(path: str | Path, data: bytes) -> None:
+    """Write a file that appears under its name only when complete: a crash or a full disk leaves the old one.
+
+    Raises OSError that says how much room is missing.
     """
     path = Path(path)
-    data = safetensors.torch.save(
-        {k: t.contiguous() for k, t in tensors.items()}, {"facts": json.dumps(facts)}
-    )
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

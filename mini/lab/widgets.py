@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from mini.lab.claims import escape, number
 from mini.lab.figures import to_png
-from mini.lab.files import home, set_aside, write
+from mini.lab.files import home, set_aside
+from mini.train import write
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -79,7 +80,7 @@ def predict(id: str, question: str, *, unit: str = "", options: list[str] | None
             return
         answer = {"question": question, "value": field.value, "unit": unit, "on": date.today().isoformat()}
         try:
-            write(_path(id), json.dumps(answer))
+            write(_path(id), json.dumps(answer).encode())
             status.value = "kept"
         except OSError as error:
             status.value = f"could not be kept ({error.strerror})"
