@@ -109,6 +109,11 @@ class Experts(nn.Module):
 
     def __init__(self, n_experts: int, dim: int, inter_dim: int) -> None:
         super().__init__()
+        for name, width in (("dim", dim), ("moe_inter_dim", inter_dim)):
+            if width % 8:  # PyTorch's grouped products want rows of whole 16 bytes, in bfloat16 too
+                raise ValueError(
+                    f"{name}={width} is not a multiple of 8; with experts, use {width + 8 - width % 8}"
+                )
         self.w13 = nn.Parameter(torch.empty(n_experts, 2 * inter_dim, dim).normal_(std=0.5 * dim**-0.5))
         self.w13.parts = (inter_dim, inter_dim)  # the optimiser treats stacked matrices each by itself
         self.w2 = nn.Parameter(torch.empty(n_experts, dim, inter_dim).normal_(std=0.5 * dim**-0.5))

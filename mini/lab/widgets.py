@@ -83,7 +83,7 @@ def predict(id: str, question: str, *, unit: str = "", options: list[str] | None
             write(_path(id), json.dumps(answer).encode())
             status.value = "kept"
         except OSError as error:
-            status.value = f"could not be kept ({error.strerror})"
+            status.value = f"not kept: {error.strerror}"
 
     button.on_click(keep)
     whole = VBox(
