@@ -41,7 +41,7 @@ SIZES = dict(
     qk_rope_head_dim=8,
     v_head_dim=10,
     max_position_embeddings=64,
-    initializer_range=0.2,
+    initializer_range=0.1,
     attn_implementation="eager",
     pad_token_id=None,
     bos_token_id=None,
@@ -91,7 +91,9 @@ def test_their_folder_gives_our_model_the_same_logits(tmp_path, text, variant, s
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards > 1)
     ours = hf.load(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(ours(text), model(text).logits, atol=1e-5, rtol=0)
+        expected = model(text).logits
+        torch.testing.assert_close(ours(text), expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.3, "logits near zero agree too easily"
 
 
 @every_variant
