@@ -142,8 +142,10 @@ class LatentAttention(nn.Module):
             q = self.wq_b(self.q_norm(q))
         q = rearrange(q, "b t (h d) -> b h t d", h=self.n_heads)
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q = torch.cat((q_nope, rope(q_rope, cos, sin, interleaved=True)), dim=-1)
-        return q, torch.cat((self.kv_norm(c), rope(k_rope, cos, sin, interleaved=True)), dim=-1)
+        turned = torch.cat((q_rope, rearrange(k_rope, "b t p -> b 1 t p")), dim=1)
+        q_rope, k_rope = rope(turned, cos, sin, interleaved=True).split([self.n_heads, 1], dim=1)
+        ckv = torch.cat((self.kv_norm(c), rearrange(k_rope, "b 1 t p -> b t p")), dim=-1)
+        return torch.cat((q_nope, q_rope), dim=-1), ckv
 
     def absorbs(self, t: int) -> bool:
         """Whether t queries are cheaper absorbed: expanding costs r(n + v) a position and head, once; absorbing
