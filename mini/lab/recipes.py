@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import mini
-from mini import budget
 from mini.data import Tokenizer, batches, bits_per_character, corpus, train_bpe
 from mini.lab.files import home, set_aside
 from mini.model import Config, Transformer
@@ -176,44 +175,3 @@ def language_model(seed: int = 0) -> tuple[Transformer, Tokenizer, list[dict[str
     model = Transformer(LANGUAGE_MODEL).eval()
     model.load_state_dict(tensors)
     return model, Tokenizer.from_json(facts["tokenizer"]), facts["history"]
-
-
-# Chapter 02's scaling law: the same text in the same order for models of three sizes.
-SCALING_SIZES = ((32, 2), (64, 2), (128, 3))  # width, layers
-SCALING_TRAINING = Settings(steps=250)
-SCALING_SEEDS = 3
-
-
-def scaling_law() -> list[dict[str, float]]:
-    """A row for each size and seed: parameters, training FLOPs, held-out bits per character; about a minute."""
-
-    def make(checkpoint: Path | None) -> Made:
-        text, _ = corpus()
-        sample = validation_sample()
-        tokenizer = train_bpe(text, LANGUAGE_MODEL.vocab_size)
-        tokens = tokenizer.encode(text)
-        rows = []
-        for dim, n_layers in SCALING_SIZES:
-            config = dataclasses.replace(
-                LANGUAGE_MODEL, dim=dim, n_layers=n_layers, n_heads=dim // 32, inter_dim=dim * 8 // 3
-            )
-            for seed in range(SCALING_SEEDS):
-                torch.manual_seed(seed)
-                model = Transformer(config)
-                batch = batches(tokens, LANGUAGE_BATCH, config.max_seq_len, seed)
-                history = train(model, batch, SCALING_TRAINING, progress=False)
-                rows.append(
-                    {
-                        "seed": seed,
-                        "parameters": sum(p.numel() for p in model.parameters()),
-                        "flops": history[-1]["tokens"] * budget.training_flops(config, config.max_seq_len),
-                        "bits": bits_per_character(model, tokenizer, sample),
-                    }
-                )
-                print(
-                    f"width {dim}, {n_layers} layers, seed {seed}: {rows[-1]['bits']:.3f} bits per character"
-                )
-        return {}, {"rows": rows}
-
-    settings = [LANGUAGE_MODEL, LANGUAGE_BATCH, SCALING_SIZES, SCALING_TRAINING, SCALING_SEEDS]
-    return remember("scaling-law", settings, make)[1]["rows"]

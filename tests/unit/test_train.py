@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -279,6 +280,22 @@ def test_muon_treats_stacked_matrices_each_by_itself():
     Muon([stacked], lr=0.02).step()
     Muon(alone, lr=0.02).step()
     torch.testing.assert_close(stacked.data, torch.cat([p.data for p in alone]))
+
+
+def test_muon_treats_every_experts_matrices_each_by_themselves():
+    torch.manual_seed(0)
+    start, grad = torch.randn(3, 20, 8), torch.randn(3, 20, 8)
+    experts = nn.Parameter(start.clone())
+    experts.parts = (8, 12)
+    alone = [nn.Parameter(part.clone()) for expert in start for part in expert.split((8, 12))]
+    experts.grad = grad.clone()
+    for p, g in zip(alone, [part for expert in grad for part in expert.split((8, 12))], strict=True):
+        p.grad = g.clone()
+    Muon([experts], lr=0.02).step()
+    Muon(alone, lr=0.02).step()
+    torch.testing.assert_close(
+        rearrange(experts.data, "e r c -> (e r) c"), torch.cat([p.data for p in alone])
+    )
 
 
 @pytest.mark.parametrize("matrix_lr", [0.02, 0.0])
