@@ -1,6 +1,11 @@
 """Studies: rows in order, kept, resumed after a failure, and made anew when what they use changes."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import joblib
 import pytest
@@ -74,3 +79,69 @@ def test_what_run_uses_belongs_to_what_is_kept(monkeypatch):
     assert [line.split(":")[0] for line in text] == ["FACTOR", "FAIL", "run", "scale"]
     monkeypatch.setitem(globals(), "FACTOR", 4)
     assert sources(run) != text
+
+
+SLOW = """
+import os, sys, time, torch
+from mini.lab import study
+
+def run(x):
+    with open(os.environ["MINI_HOME"] + "/calls", "a") as f:
+        f.write(f"{x} {os.getpid()}\\n")
+    time.sleep(0.3 if x < 2 else float(sys.argv[1]))
+    return {"y": x}
+
+torch.set_num_threads(2)
+print([row["y"] for row in study("slow", run, [dict(x=x) for x in range(6)])])
+"""
+
+
+def test_an_interrupt_ends_the_workers_and_keeps_the_rows(home):
+    (home / "slow.py").write_text(SLOW)
+    env = {**os.environ, "MINI_HOME": str(home)}
+
+    def start(seconds):
+        command = [sys.executable, str(home / "slow.py"), str(seconds)]
+        return subprocess.Popen(
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def calls():
+        return (home / "calls").read_text().splitlines() if (home / "calls").exists() else []
+
+    process = start(600)
+    limit = time.monotonic() + 90
+    while len(calls()) < 4 and time.monotonic() < limit:  # two are done, two sleep
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as Jupyter's stop button does
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in error
+    limit = time.monotonic() + 30
+    while (left := [pid for pid in {line.split()[1] for line in calls()} if alive(int(pid))]) and (
+        time.monotonic() < limit
+    ):
+        time.sleep(0.1)
+    assert not left, "workers should not outlive the interrupt"
+    done = start(0)
+    out, error = done.communicate(timeout=90)
+    assert done.returncode == 0, error
+    assert "[0, 1, 2, 3, 4, 5]" in out
+    assert [line.split()[0] for line in calls()].count("0") == 1, "a row that was kept is not made again"
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return (
+        "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
+        if Path("/proc").exists()
+        else True
+    )
