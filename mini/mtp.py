@@ -6,12 +6,14 @@ tokens on; it reads what the layer before it made of position i, and is told the
 
     h'ᵏ_i = M_k [RMSNorm(hᵏ⁻¹_i) ; RMSNorm(Emb(t_{i+k}))],   hᵏ = TRM_k(h'ᵏ),   Pᵏ_{i+k+1} = OutHead(hᵏ_i)
 
-DeepSeek-V3 (arXiv:2412.19437, equations 21-25); `enorm`, `hnorm` and `eh_proj` are the names of its checkpoint. The
-depths follow one another, so each of them keeps the whole causal chain (the heads of Gloeckle et al. 2024,
-arXiv:2404.19737, stand side by side). Embedding and output head are the main model's own. The report calls h⁰ "the
-representation given by the main model" and leaves its norm open. We take what the head reads, after the final norm, as
-vLLM and transformers do when they run V3's weights; each depth ends in a norm of its own, as in V3's checkpoint
-(`shared_head.norm`).
+DeepSeek-V3 (arXiv:2412.19437, equations 21-25). The depths follow one another, so each of them keeps the whole causal
+chain (the heads of Gloeckle et al. 2024, arXiv:2404.19737, stand side by side). Embedding and output head are the main
+model's own. Two details in which V3's released weights say more than its report:
+* The report has "the representation given by the main model" for h⁰ and leaves its norm open. We take what the head
+  reads, after the final norm, as vLLM and transformers do with V3's weights; each depth ends in a norm of its own
+  (`shared_head.norm` in the checkpoint, whose names `enorm`, `hnorm` and `eh_proj` we use).
+* vLLM and transformers set the embedding first and h second; here the order is the report's. To read V3's `eh_proj`,
+  exchange its halves.
 """
 
 from collections.abc import Callable, Sequence
