@@ -65,10 +65,12 @@ def attend(
         return rearrange(grouped, "b g (r t) e -> b (g r) t e", t=t)
     if g != h:  # without a mask to repeat, repeating the keys leaves the causal rule to a faster routine
         k, v = (repeat(x, "b g s d -> b (g r) s d", r=h // g) for x in (k, v))
+    e = v.shape[-1]
+    if t > 1 and e < q.shape[-1]:  # PyTorch's fused routine wants values as wide as keys, and zeros are cheap
+        v = F.pad(v, (0, q.shape[-1] - e))
     # One query that is the last position sees everything, so it needs no mask at all.
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and mask is None and t > 1, scale=scale
-    )
+    is_causal = causal and mask is None and t > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)[..., :e]
 
 
 def rope_frequencies(head_dim: int, theta: float = 10_000.0) -> Float[Tensor, "half"]:

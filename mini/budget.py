@@ -33,6 +33,9 @@ V3 = Config(
     n_shared_experts=1,
     n_activated_experts=8,
     moe_inter_dim=2048,
+    n_expert_groups=8,
+    n_limited_groups=4,
+    route_scale=2.5,
 )
 # arXiv:2407.21783 Table 3: a dense model of which the GPU hours are published
 LLAMA_405B = Config(

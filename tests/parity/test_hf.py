@@ -273,6 +273,17 @@ def test_the_published_form_of_the_rope_settings_is_read(tmp_path):
     assert expected.rope_factor == 4.0
 
 
+def test_bfloat16_weights_are_read_as_float32(tmp_path, text):
+    theirs().to(torch.bfloat16).save_pretrained(tmp_path)
+    model = DeepseekV3ForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ours = hf.load(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(ours(text), model(text).logits, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
