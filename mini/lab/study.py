@@ -1,12 +1,15 @@
 """Studies: one small training many times over, with other settings and seeds, on all cores at once, and kept."""
 
+import dis
 import functools
 import inspect
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
+import numpy as np
 import torch
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
@@ -60,25 +63,39 @@ def _timed(run: Callable[..., Row], i: int, job: Row) -> tuple[int, Row]:
 
 
 def sources(run: Callable) -> list[str]:
-    """The text of `run` and of all that it uses of its own module: functions, classes and plain values.
+    """The text of `run` and of all that it uses of its own module: functions and plain values.
 
-    What `mini` and other libraries define is left out; `remember` looks after the first.
+    What `mini` and other libraries define is left out; `remember` looks after the first. Raises ValueError for a
+    tensor or a class of the notebook, whose content a text would not show.
     """
     found: dict[str, str] = {}
 
     def add(name: str, value: object) -> None:
         if name in found or inspect.ismodule(value):
             return
+        if isinstance(value, Tensor | np.ndarray):
+            raise ValueError(
+                f"{run.__name__} uses {name}, a tensor of the notebook; make it inside {run.__name__}"
+            )
         if not callable(value):
             found[name] = repr(value)
-        elif value.__module__ == run.__module__:
+        elif getattr(value, "__module__", None) == run.__module__:
+            if not inspect.isfunction(value):
+                raise ValueError(
+                    f"{run.__name__} uses {name}, a class of the notebook; use functions, or a class of mini"
+                )
             found[name] = inspect.getsource(value)
-            if inspect.isfunction(value):
-                for key, used in inspect.getclosurevars(value).globals.items():
-                    add(key, used)
+            for key in sorted(globals_read(value.__code__) & value.__globals__.keys()):
+                add(key, value.__globals__[key])
 
     add(run.__qualname__, run)
     return [f"{name}: {text}" for name, text in sorted(found.items())]
+
+
+def globals_read(code: CodeType) -> set[str]:
+    """The global names that a function reads, also in the functions and comprehensions inside it."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return names.union(*(globals_read(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 @functools.cache

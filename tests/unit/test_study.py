@@ -13,6 +13,7 @@ import torch
 
 from mini.lab import study
 from mini.lab.study import sources
+from mini.train import load
 
 FACTOR = 3
 FAIL = "fail"  # a file in MINI_HOME: while it is there, job 2 fails
@@ -28,8 +29,16 @@ def scale(x):
     return x * FACTOR
 
 
+def kept(home):
+    """The jobs whose rows are in the half-way state."""
+    return {row for file in Path(home).glob("cache/*.partial") for row in load(file)[1]["rows"]}
+
+
 def run(x, home):
     if x == 2 and os.path.exists(f"{home}/{FAIL}"):
+        limit = time.monotonic() + 60
+        while not {"0", "1"} <= kept(home) and time.monotonic() < limit:
+            time.sleep(0.1)
         raise RuntimeError("job 2 fails")
     with open(f"{home}/calls", "a") as f:
         f.write(f"{x}\n")
@@ -74,9 +83,41 @@ def test_one_thread_a_run_and_the_callers_threads_stay(home):
     assert torch.get_num_threads() == before
 
 
+mean = torch.zeros(3)  # `run` reads an attribute of this name, which is another thing
+
+
+class Local:
+    pass
+
+
+def inside(x):
+    return [(lambda y: y * FACTOR)(i) for i in range(x)]
+
+
+def bad_tensor(x):
+    return {"y": mean[x]}
+
+
+def bad_class(x):
+    return {"y": Local()}
+
+
+def test_a_global_inside_an_inner_function_counts():
+    assert [line.split(":")[0] for line in sources(inside)] == ["FACTOR", "inside"]
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [(bad_tensor, "bad_tensor uses mean, a tensor"), (bad_class, "bad_class uses Local, a class")],
+)
+def test_what_a_text_would_not_show_is_refused(run, message):
+    with pytest.raises(ValueError, match=message):
+        sources(run)
+
+
 def test_what_run_uses_belongs_to_what_is_kept(monkeypatch):
     text = sources(run)
-    assert [line.split(":")[0] for line in text] == ["FACTOR", "FAIL", "run", "scale"]
+    assert [line.split(":")[0] for line in text] == ["FACTOR", "FAIL", "kept", "run", "scale"]
     monkeypatch.setitem(globals(), "FACTOR", 4)
     assert sources(run) != text
 
