@@ -1,17 +1,19 @@
 """Training steps and cached decoding, ours against transformers' Llama and DeepSeek-V3: same weights, same inputs.
 
-    python -m bench.speed [llama] [deepseek] [moe] [peak]
+    python -m bench.speed [llama] [deepseek] [moe] [fp8] [peak]
 
 All sides take turns within one run, so that a slow spell of the machine meets all of them. Printed are medians and, for
 ratios, the middle half of the rounds in brackets.
 """
 
+import logging
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from transformers import DeepseekV3ForCausalLM
 from bench.llama import to_llama
 from mini import budget, hf
 from mini.attention import KVCache, attend
+from mini.fp8 import E4M3, dequantize, quantize
 from mini.latent_attention import LatentAttention
 from mini.model import Config, Transformer, cross_entropy
 from mini.sample import sample
@@ -243,6 +246,35 @@ def moe() -> None:
         print(f"| {n} | {micro} | {versus(*once)} | {back} |", flush=True)
 
 
+def fp8() -> None:
+    print("\n## Into FP8 (E4M3) and back, against torchao and PyTorch's bare cast without any scale\n")
+    logging.disable(logging.WARNING)  # torchao tells that its GPU kernels cannot be loaded
+    from torchao.quantization import quant_primitives as torchao
+
+    x = torch.randn(2048, 2048)
+    size = 5 * x.numel() / 1e9  # four bytes on one side, one on the other
+    print(
+        "| tile | | mini, GB/s | torchao, GB/s | bare cast, GB/s | mini / torchao |\n|---|---|---|---|---|---|"
+    )
+    for tile in (None, (1, 128), (128, 128), (128, 1)):
+
+        def theirs(block: tuple[int, ...] = tile or x.shape) -> tuple[Tensor, Tensor]:
+            scale = torchao._choose_scale_float8(x, list(block))
+            return torchao._quantize_affine_float8(x, scale), scale
+
+        q, pair = quantize(x, tile), theirs()
+        into = [partial(quantize, x, tile), theirs, partial(x.to, E4M3.dtype)]
+        back = [
+            partial(dequantize, q),
+            partial(torchao._dequantize_affine_float8, *pair),
+            partial(pair[0].to, torch.float32),
+        ]
+        for way, runs in (("into", into), ("back", back)):
+            times = race(runs, 15)
+            rates = " | ".join(f"{size / statistics.median(t):.2f}" for t in times)
+            print(f"| {tile or 'whole'} | {way} | {rates} | {versus(*times[:2])} |", flush=True)
+
+
 def peak() -> None:
     print("\n## Share of this machine's matrix-multiply peak that a training step reaches\n")
     a = torch.randn(2048, 2048)
@@ -260,7 +292,7 @@ def peak() -> None:
             print(f"| {dim} | {name} | {rate / 1e9:,.0f} | {rate / best:.2f} |", flush=True)
 
 
-PARTS = {"llama": llama, "deepseek": deepseek, "moe": moe, "peak": peak}
+PARTS = {"llama": llama, "deepseek": deepseek, "moe": moe, "fp8": fp8, "peak": peak}
 
 
 def main(names: list[str]) -> None:

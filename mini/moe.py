@@ -130,9 +130,13 @@ class Experts(nn.Module):
         token = order // indices.shape[1]
         each = torch.arange(len(self.w2), device=x.device)
         ends = torch.searchsorted(expert, each, right=True, out_int32=True)  # of each expert's block of rows
-        gate, up = F.grouped_mm(x.index_select(0, token), self.w13.mT, offs=ends).chunk(2, dim=-1)
+        gate, up = self.product(x.index_select(0, token), self.w13, ends).chunk(2, dim=-1)
         h = F.silu(gate) * up * rearrange(weights, "n k -> (n k) 1").index_select(0, order)
-        return torch.zeros_like(x).index_add(0, token, F.grouped_mm(h, self.w2.mT, offs=ends))
+        return torch.zeros_like(x).index_add(0, token, self.product(h, self.w2, ends))
+
+    def product(self, x: Float[Tensor, "n i"], w: Float[Tensor, "e o i"], ends: Int[Tensor, "e"]) -> Tensor:
+        """x wᵀ, each expert's block of rows with its own matrix; `ends` says where the blocks end."""
+        return F.grouped_mm(x, w.mT, offs=ends)
 
 
 class MoE(nn.Module):
