@@ -53,7 +53,8 @@ class Format:
 
     @property
     def largest(self) -> float:
-        return decode(torch.tensor(self.top - self.infinities), self).item()
+        last = 1 if self.infinities else 2  # the mantissa of all ones belongs to NaN
+        return (2 - last * 2.0**-self.mantissa_bits) * 2.0 ** (self.bias + last - 1)
 
     @property
     def smallest_normal(self) -> float:
@@ -152,7 +153,7 @@ def quantize(x: Float[Tensor, "*b r c"], tile: Tile = (1, 128), fmt: Format = E4
     rows, columns = (max(1, min(pair)) for pair in zip(shape, tile or shape, strict=True))
     tiles = in_tiles(x, (rows, columns))
     amax = largest_magnitude(tiles).clamp(min=1e-12)  # a tile of zeros has to have a scale, too
-    scale = torch.ones_like(amax) if fmt is BF16 else amax / fmt.largest
+    scale = torch.ones_like(amax) if fmt == BF16 else amax / fmt.largest
     values = (tiles / scale[..., None, :, None]).to(fmt.dtype)
     return Quantized(from_tiles(values, x), scale, (rows, columns))
 
@@ -229,11 +230,11 @@ class Product(torch.autograd.Function):
         recipe, kept = ctx.recipe, ctx.saved_tensors
         x, w = (dequantize(Quantized(*kept[2 * i : 2 * i + 2], ctx.tiles[i])) for i in (0, 1))
         rows = dequantize(quantize(grad, recipe.gradients, recipe.backward))
-        dx = matmul(rows, w.mT.contiguous(), recipe.accumulator_bits, recipe.promote)
+        dx = matmul(rows, w.mT, recipe.accumulator_bits, recipe.promote)
         # the weight's gradient sums over tokens, so its tiles lie along them: 128 × 1
         columns = dequantize(quantize(grad, turned(recipe.gradients), recipe.backward))
         x = dequantize(quantize(x, turned(recipe.activations), recipe.forward))
-        dw = matmul(columns.mT.contiguous(), x.mT.contiguous(), recipe.accumulator_bits, recipe.promote)
+        dw = matmul(columns.mT, x.mT, recipe.accumulator_bits, recipe.promote)
         return dx, dw, None
 
 
