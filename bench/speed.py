@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 import transformers
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM
 
@@ -147,15 +147,12 @@ class ExpandEveryStep(LatentAttention):
 class KeepKeysAndValues(LatentAttention):
     """Cache all heads' keys and values, as ordinary attention does."""
 
-    def new_cache(self, batch: int, max_len: int) -> tuple[KVCache, KVCache]:
+    def new_cache(self, batch: int, max_len: int) -> "FullCache":
         return FullCache(self, batch, max_len)
 
     def forward(self, x, cos, sin, cache=None, mask=None):
         q, ckv = self.project(x, cos, sin)
-        c, k_rope = ckv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        kv = rearrange(self.wkv_b(c), "b s (h d) -> b h s d", h=self.n_heads)
-        k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k = torch.cat((k_nope, repeat(k_rope, "b s p -> b h s p", h=self.n_heads)), dim=-1)
+        k, v = self.keys_values(ckv)
         if cache is not None:
             k, v = cache.append(k, v)
         return self.wo(

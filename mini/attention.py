@@ -113,6 +113,13 @@ def rope(
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
+def room(end: int, max_len: int) -> int:
+    """`end`, if a cache of `max_len` positions reaches that far; ValueError otherwise."""
+    if end > max_len:
+        raise ValueError(f"position {end} is past the cache's {max_len}; make it longer or stop earlier")
+    return end
+
+
 class KVCache:
     """Keys and values of the positions seen so far, in memory set aside once for `max_len` positions.
 
@@ -130,11 +137,7 @@ class KVCache:
         self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t d"]
     ) -> tuple[Float[Tensor, "b g s d"], Float[Tensor, "b g s d"]]:
         """Write the keys and values of t new positions; return those of all s positions so far."""
-        end = self.length + k.shape[2]
-        if end > self.k.shape[2]:
-            raise ValueError(
-                f"position {end} is past the cache's {self.k.shape[2]}; make it longer or stop earlier"
-            )
+        end = room(self.length + k.shape[2], self.k.shape[2])
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end

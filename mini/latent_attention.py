@@ -16,7 +16,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mini.attention import attend, rope, rope_frequencies
+from mini.attention import attend, room, rope, rope_frequencies
 
 
 def yarn_frequencies(
@@ -62,11 +62,7 @@ class LatentCache:
 
     def append(self, ckv: Float[Tensor, "b t w"]) -> Float[Tensor, "b s w"]:
         """Write t new positions; return all s so far."""
-        end = self.length + ckv.shape[1]
-        if end > self.ckv.shape[1]:
-            raise ValueError(
-                f"position {end} is past the cache's {self.ckv.shape[1]}; make it longer or stop earlier"
-            )
+        end = room(self.length + ckv.shape[1], self.ckv.shape[1])
         self.ckv[:, self.length : end] = ckv
         self.length = end
         return self.ckv[:, :end]
@@ -157,11 +153,16 @@ class LatentAttention(nn.Module):
         self, q: Float[Tensor, "b h t d"], ckv: Float[Tensor, "b s w"], mask: Tensor | None = None
     ) -> Float[Tensor, "b h t v"]:
         """Attention over every head's own keys and values."""
+        return attend(q, *self.keys_values(ckv), mask=mask, scale=self.softmax_scale)
+
+    def keys_values(
+        self, ckv: Float[Tensor, "b s w"]
+    ) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s v"]]:
+        """Every head's keys and values, made from the latents; the rotary key is the same for all heads."""
         c, k_rope = ckv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv = rearrange(self.wkv_b(c), "b s (h d) -> b h s d", h=self.n_heads)
         k_nope, v = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k = torch.cat((k_nope, repeat(k_rope, "b s p -> b h s p", h=self.n_heads)), dim=-1)
-        return attend(q, k, v, mask=mask, scale=self.softmax_scale)
+        return torch.cat((k_nope, repeat(k_rope, "b s p -> b h s p", h=self.n_heads)), dim=-1), v
 
     def absorbed(
         self, q: Float[Tensor, "b h t d"], ckv: Float[Tensor, "b s w"], mask: Tensor | None = None

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mini.model import Block, Cache, Config, Transformer
-from mini.sample import stack_prompts
+from mini.sample import check_request, full_length, stack_prompts
 
 
 class Depth(nn.Module):
@@ -183,18 +183,8 @@ def speculate(
         raise ValueError(
             f"prompt has the shape {shape}, but one sequence is continued at a time; give one list of tokens"
         )
-    if not temperature >= 0:
-        raise ValueError(
-            f"temperature={temperature} is below 0; use 0 for the most likely token, 1 for the model's own odds"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    start, longest = len(prompt), len(prompt) + max_new_tokens
-    if longest > model.config.max_seq_len:
-        raise ValueError(
-            f"a prompt of {start} tokens and {max_new_tokens} new ones make {longest}, past max_seq_len="
-            f"{model.config.max_seq_len}; shorten the prompt or ask for at most {model.config.max_seq_len - start}"
-        )
+    check_request(max_new_tokens, temperature)
+    start, longest = len(prompt), full_length(model, len(prompt), max_new_tokens)
     text, _ = stack_prompts([torch.as_tensor(prompt).tolist()], model.config.vocab_size)
     text = F.pad(text, (0, max_new_tokens)).to(model.embed.weight.device)
     caches, depth_cache = model.new_cache(1, longest), depth.block.attn.new_cache(1, longest)

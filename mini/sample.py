@@ -56,6 +56,27 @@ def stack_prompts(prompts: Tensor | Sequence[Sequence[int]], vocab_size: int) ->
     return tokens, pad if pad.any() else None
 
 
+def check_request(max_new_tokens: int, temperature: float) -> None:
+    """ValueError for a temperature below 0 (or NaN), or for no new token."""
+    if not temperature >= 0:
+        raise ValueError(
+            f"temperature={temperature} is below 0; use 0 for the most likely token, 1 for the model's own odds"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+
+
+def full_length(model: Transformer, t: int, max_new_tokens: int) -> int:
+    """Positions of a prompt of t tokens with its new ones; ValueError past the model's max_seq_len."""
+    longest = t + max_new_tokens
+    if longest > model.config.max_seq_len:
+        raise ValueError(
+            f"a prompt of {t} tokens and {max_new_tokens} new ones make {longest}, past max_seq_len="
+            f"{model.config.max_seq_len}; shorten the prompt or ask for at most {model.config.max_seq_len - t}"
+        )
+    return longest
+
+
 @torch.inference_mode()
 def sample(
     model: Transformer,
@@ -73,23 +94,13 @@ def sample(
     ValueError for an empty prompt, a token outside the vocabulary, a temperature below 0, a top_p outside
     (0, 1], or a text longer than the model's max_seq_len.
     """
-    if not temperature >= 0:
-        raise ValueError(
-            f"temperature={temperature} is below 0; use 0 for the most likely token, 1 for the model's own odds"
-        )
+    check_request(max_new_tokens, temperature)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} is outside (0, 1]; use 1 to allow every token")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     device = model.embed.weight.device
     tokens, pad = stack_prompts(prompts, model.config.vocab_size)
     b, t = tokens.shape
-    longest = t + max_new_tokens
-    if longest > model.config.max_seq_len:
-        raise ValueError(
-            f"a prompt of {t} tokens and {max_new_tokens} new ones make {longest}, past max_seq_len="
-            f"{model.config.max_seq_len}; shorten the prompt or ask for at most {model.config.max_seq_len - t}"
-        )
+    longest = full_length(model, t, max_new_tokens)
     tokens, pad = tokens.to(device), None if pad is None else pad.to(device)
     out = torch.full((b, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(b, max_new_tokens, device=device)
