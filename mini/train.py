@@ -1,15 +1,21 @@
-"""The training loop: warm-up and decay, clipping, progress, checkpoints that resume bit for bit. Chapter 02."""
+"""The training loop: warm-up and decay, clipping, progress, checkpoints that resume bit for bit. Chapter 02.
 
+As a program, `python -m mini.train` trains chapter 02's language model, and `torchrun --nproc-per-node 2 -m mini.train`
+does the same with several processes, as chapter 07 explains; `--help` lists the options.
+"""
+
+import argparse
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import safetensors.torch
@@ -19,7 +25,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mini.model import cross_entropy
+from mini import parallel
+from mini.data import batches, bits_per_character, corpus, train_bpe, validation_sample
+from mini.model import Config, Transformer, cross_entropy
+from mini.moe import balanced
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
+                if p.grad is None:  # frozen, or not used in this step's loss
+                    continue
                 mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -108,6 +119,11 @@ def orthogonal(g: Float[Tensor, "n r c"], steps: int = 5) -> Float[Tensor, "n r 
 
 def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside `layers`, AdamW for the rest; AdamW alone with matrix_lr=0."""
+    if settings.matrix_lr > 0 and any(map(parallel.is_sliced, model.parameters())):
+        raise ValueError(
+            f"matrix_lr={settings.matrix_lr}: Muon needs whole matrices, and this model's are sliced over processes; "
+            "use matrix_lr=0, AdamW for all"
+        )
     matrices, rest = [], []
     for name, p in model.named_parameters():
         inner = p.dim() > 1 and "layers." in name
@@ -143,24 +159,31 @@ def train(
     With `checkpoint`, the run is saved there every `save_every` steps and on an interrupt, and a second call
     goes on from it with the same result, bit for bit, as if nothing had happened.
 
+    Under torchrun (chapter 07) every process makes the same call: each takes its rows of the batch, and what is
+    learned, returned and saved is that of the whole batch.
+
     Raises FloatingPointError at the first loss that is not finite, ValueError for a checkpoint of another run.
     """
     opts = optimizers(model, settings)
     history: list[dict[str, float]] = []
     if checkpoint is not None and Path(checkpoint).exists():
         history = resume(checkpoint, model, opts, settings)
+    parallel.same_start(model, len(history))
     device = next(model.parameters()).device
     tokens, seconds = (history[-1]["tokens"], history[-1]["seconds"]) if history else (0, 0.0)
     shown: dict[str, str] = {}  # in the progress bar
-    bar = tqdm(total=settings.steps, initial=len(history), desc="training", unit="step", disable=not progress)
+    quiet = not progress or parallel.rank() > 0
+    bar = tqdm(total=settings.steps, initial=len(history), desc="training", unit="step", disable=quiet)
     with bar, finish_step_on_interrupt() as interrupted:
         for step in range(len(history), settings.steps):
             start = time.perf_counter()
             model.train()
-            data = batch(step).to(device)
+            data = parallel.my_rows(batch(step)).to(device)
             value = loss(model, data)
             value.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            parallel.average_gradients(model)
+            norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), settings.clip))
+            value = parallel.average(value)
             if not math.isfinite(value.item()):
                 raise FloatingPointError(
                     f"loss {value.item()} at step {step}; lower lr={settings.lr} and matrix_lr={settings.matrix_lr}"
@@ -171,7 +194,7 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             seconds += time.perf_counter() - start
-            tokens += data[:, 1:].numel()  # a row's first token is only read
+            tokens += data[:, 1:].numel() * parallel.world_size()  # a row's first token is only read
             row = dict(step=step + 1, tokens=tokens, loss=value.item(), grad_norm=norm.item())
             row |= dict(lr=settings.lr * settings.rate(step), seconds=seconds)
             last = step + 1 == settings.steps
@@ -184,9 +207,10 @@ def train(
             bar.update()
             shown |= {k: f"{v:.3f}" for k, v in row.items() if k in SHOWN or k not in ROW}
             bar.set_postfix(shown, refresh=False)
-            if checkpoint is not None and (last or interrupted or (step + 1) % settings.save_every == 0):
+            stop = parallel.anywhere(bool(interrupted), device)
+            if checkpoint is not None and (last or stop or (step + 1) % settings.save_every == 0):
                 save_run(checkpoint, model, opts, settings, history)
-            if interrupted:
+            if stop:
                 kept = (
                     f"saved; run this again to go on from {checkpoint}" if checkpoint else "nothing was saved"
                 )
@@ -196,20 +220,21 @@ def train(
 
 
 @contextmanager
-def finish_step_on_interrupt() -> Iterator[list[bool]]:
+def finish_step_on_interrupt() -> Iterator[list[float]]:
     """Hold Ctrl-C (Jupyter's stop button) back until the step is whole: the yielded list then has an entry.
 
-    A second Ctrl-C acts at once. Outside the main thread Python delivers no signals, and nothing changes.
+    A second Ctrl-C acts at once, unless it comes in the same second: torchrun passes on what the terminal has already
+    sent. Outside the main thread Python delivers no signals, and nothing changes.
     """
-    asked: list[bool] = []
+    asked: list[float] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def note(signum: int, frame: object) -> None:
-        if asked:
+        if asked and time.monotonic() > asked[0] + 1:
             raise KeyboardInterrupt
-        asked.append(True)
+        asked.append(time.monotonic())
 
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -219,12 +244,14 @@ def finish_step_on_interrupt() -> Iterator[list[bool]]:
 
 
 def save_run(path, model: nn.Module, opts, settings: Settings, history: list[dict[str, float]]) -> None:
-    """Everything that the next step depends on: weights, optimiser state, history."""
+    """Everything that the next step depends on: weights, optimiser state, history. Sliced tensors are put together."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for i, optimizer in enumerate(opts):
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{key}": t for key, t in state.items()}
-    save(path, tensors, {"kind": "training run", "settings": asdict(settings), "history": history})
+    tensors = {name: parallel.whole(t) for name, t in tensors.items()}
+    if parallel.rank() == 0:
+        save(path, tensors, {"kind": "training run", "settings": asdict(settings), "history": history})
 
 
 def resume(path, model: nn.Module, opts, settings: Settings) -> list[dict[str, float]]:
@@ -243,12 +270,15 @@ def resume(path, model: nn.Module, opts, settings: Settings) -> list[dict[str, f
         model, {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}, path
     )
     for i, optimizer in enumerate(opts):
-        whole = optimizer.state_dict()
+        state = optimizer.state_dict()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
         for key, t in tensors.items():
             if key.startswith(f"optimizer.{i}."):
                 _, _, j, name = key.split(".")
-                whole["state"].setdefault(int(j), {})[name] = t
-        optimizer.load_state_dict(whole)
+                same_shape = t.shape == params[int(j)].shape  # all but the step counter
+                t = parallel.sliced(t, params[int(j)]) if same_shape else t
+                state["state"].setdefault(int(j), {})[name] = t
+        optimizer.load_state_dict(state)
     return facts["history"]
 
 
@@ -260,7 +290,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str | Pat
             there = tuple(tensors[name].shape) if name in tensors else "missing"
             here = tuple(own[name].shape) if name in own else "missing"
             raise ValueError(f"{source} does not fit this model: {name} is {there} there and {here} here")
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: parallel.sliced(t, own[name]) for name, t in tensors.items()})
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:
@@ -305,3 +335,100 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(
             f"{path} is damaged or was not saved by mini ({error}); remove it and train again"
         ) from error
+
+
+# Chapter 02's language model, which this module trains as a program.
+LANGUAGE_MODEL = Config(vocab_size=1024, dim=128, n_layers=3, n_heads=2, inter_dim=336, max_seq_len=128)
+LANGUAGE_TRAINING = Settings(steps=1800, eval_every=200)
+LANGUAGE_BATCH = 8
+
+
+def add_options(parser: argparse.ArgumentParser, defaults: Config | Settings) -> None:
+    """An option for each plain field of a dataclass: `n_layers` becomes --n-layers."""
+    group = parser.add_argument_group(type(defaults).__name__)
+    for field in fields(defaults):
+        value = getattr(defaults, field.name)
+        name = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=value)
+        elif isinstance(value, int | float):
+            group.add_argument(name, type=field.type, default=value, help=f"(default: {value})")
+
+
+def from_options(kind: type, options: argparse.Namespace) -> Config | Settings:
+    return kind(**{f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train on Shakespeare's plays; 0 when done, 1 with a sentence on stderr when not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mini.train",
+        description="Train a language model on Shakespeare's plays; chapter 02's, unless options say otherwise. "
+        "Under torchrun, all processes train it together. The same command goes on where an interrupted one stopped.",
+    )
+    parser.add_argument("--checkpoint", default="language-model.safetensors", help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=LANGUAGE_BATCH, help="rows, of all processes together"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="slice weights and optimiser over the processes (FSDP2); AdamW alone",
+    )
+    add_options(parser, LANGUAGE_MODEL)
+    add_options(parser, LANGUAGE_TRAINING)
+    options = parser.parse_args(arguments)
+    if options.shard:
+        options.matrix_lr = 0.0
+    rank = os.environ.get("RANK", "0")  # torchrun's; by the time of an error the processes have parted
+    try:
+        with parallel.processes() as device:
+            train_language_model(options, device)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"process {rank}: {error}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(error, file=sys.stderr)
+    except RuntimeError as error:
+        if not parallel.lost_another(error):
+            raise
+        print(
+            f"process {rank} stops, for it lost another one ({str(error).splitlines()[0]}). "
+            f"The run was saved every save_every={options.save_every} steps; the same command goes on from "
+            f"{options.checkpoint}",
+            file=sys.stderr,
+        )
+    else:
+        return 0
+    return 1
+
+
+def train_language_model(options: argparse.Namespace, device: torch.device) -> None:
+    """What `main` does in each process."""
+    config, settings = from_options(Config, options), from_options(Settings, options)
+    text, _ = corpus()
+    sample = validation_sample()
+    tokenizer = train_bpe(text, config.vocab_size)
+    torch.manual_seed(options.seed)
+    model = Transformer(config).to(device)
+    if options.shard:
+        parallel.shard(model)
+    history = train(
+        model,
+        batches(tokenizer.encode(text), options.batch_size, config.max_seq_len, options.seed),
+        settings,
+        loss=balanced(cross_entropy) if config.n_routed_experts else cross_entropy,
+        evaluate=lambda model: {"bits": bits_per_character(model, tokenizer, sample)},
+        checkpoint=options.checkpoint,
+    )
+    if parallel.rank() == 0:
+        last = history[-1]
+        speed = last["tokens"] / last["seconds"]
+        print(
+            f"{last['step']} steps, {last['tokens']:,} tokens, {last['seconds']:.1f} s ({speed:,.0f} tokens/s, "
+            f"{parallel.world_size()} processes); {last['bits']:.3f} bits per character; in {options.checkpoint}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

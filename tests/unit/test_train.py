@@ -268,6 +268,14 @@ def test_muon_takes_pytorchs_steps(shape):
     assert (ours - theirs).norm() < 0.02 * moved, "PyTorch's is computed in bfloat16, to within 1 or 2%"
 
 
+def test_muon_leaves_a_matrix_without_gradient_as_it_is():
+    moved, frozen = (nn.Parameter(torch.randn(4, 3)) for _ in range(2))
+    before = frozen.detach().clone()
+    moved.grad = torch.randn(4, 3)
+    Muon([moved, frozen], lr=0.02, weight_decay=0.1).step()
+    assert frozen.equal(before)
+
+
 def test_muon_treats_stacked_matrices_each_by_itself():
     torch.manual_seed(0)
     whole, grad = torch.randn(20, 8), torch.randn(20, 8)
