@@ -86,29 +86,39 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     end: int | None = None,
+    group: int = 1,
     generator: torch.Generator | None = None,
 ) -> Samples:
     """Continue every prompt by up to `max_new_tokens` tokens, stopping a row at the token `end`.
 
-    Keys and values are cached, and rows that have ended are dropped from the batch as it runs. Raises
+    With `group`, each prompt is continued that many times: it is read once, and its samples are next to one another
+    in the result. Keys and values are cached, and rows that have ended are dropped from the batch as it runs. Raises
     ValueError for an empty prompt, a token outside the vocabulary, a temperature below 0, a top_p outside
-    (0, 1], or a text longer than the model's max_seq_len.
+    (0, 1], a group below 1, or a text longer than the model's max_seq_len.
     """
     check_request(max_new_tokens, temperature)
+    if group < 1:
+        raise ValueError(f"group={group} must be at least 1, the number of samples for each prompt")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} is outside (0, 1]; use 1 to allow every token")
     device = model.embed.weight.device
     tokens, pad = stack_prompts(prompts, model.config.vocab_size)
-    b, t = tokens.shape
+    n_prompts, t = tokens.shape
+    b = n_prompts * group
     longest = full_length(model, t, max_new_tokens)
     tokens, pad = tokens.to(device), None if pad is None else pad.to(device)
     out = torch.full((b, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(b, max_new_tokens, device=device)
     live: slice | Tensor = slice(None)  # which rows of the output the batch still holds
     ended = torch.zeros(b, dtype=torch.bool, device=device)
-    cache = model.new_cache(b, longest)
+    cache = model.new_cache(n_prompts, longest)
     for i in range(max_new_tokens):
         logits = model.logits(model.hidden(tokens, cache, pad)[:, -1])
+        if i == 0 and group > 1:  # the prompts are read; from here on, each sample is a row
+            copies = torch.arange(n_prompts, device=device).repeat_interleave(group)
+            logits, pad = logits[copies], None if pad is None else pad[copies]
+            for layer in cache:
+                layer.keep(copies)
         token = choose(logits, temperature, top_p, generator)
         tokens = rearrange(token, "b -> b 1")
         out[live, i] = token

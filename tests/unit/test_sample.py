@@ -85,6 +85,39 @@ def test_the_same_seed_draws_the_same_text():
     assert not torch.equal(a.tokens, c.tokens)
 
 
+LATENT = dict(q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(n_kv_heads=2), LATENT], ids=["heads", "grouped", "latent"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_group_is_what_its_prompt_repeated_gives(shape, temperature):
+    """Prompts of several lengths, rows that end early and are dropped; the samples of a prompt side by side."""
+    model = random_model(**shape)
+    prompts = [[1, 2, 3, 4], [5], [6, 7], [8, 9, 10]]
+    call = dict(max_new_tokens=15, temperature=temperature)
+    end = sample(model, prompts, **call, generator=seeded()).tokens[:, 2].mode().values.item()
+    repeated = [p for p in prompts for _ in range(3)]
+    expected = sample(model, repeated, **call, end=end, generator=seeded())
+    grouped = sample(model, prompts, **call, end=end, group=3, generator=seeded())
+    assert torch.equal(grouped.tokens, expected.tokens)
+    assert torch.equal(grouped.lengths, expected.lengths)
+    torch.testing.assert_close(grouped.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    assert grouped.lengths.unique().numel() > 1
+    if temperature:
+        assert not torch.equal(grouped.tokens[0], grouped.tokens[1])
+
+
+def test_a_groups_prompt_is_read_once(monkeypatch):
+    model = random_model()
+    read = []
+    hidden = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda tokens, *rest: read.append(tuple(tokens.shape)) or hidden(tokens, *rest)
+    )
+    sample(model, [[1, 2, 3], [4, 5, 6]], 3, group=8)
+    assert read == [(2, 3), (16, 1), (16, 1)]
+
+
 @given(temperature=st.floats(0.2, 3), top_p=st.floats(0.05, 1))
 @settings(max_examples=20, deadline=None)
 def test_draws_have_the_frequencies_that_they_should(temperature, top_p):
@@ -109,6 +142,7 @@ def test_draws_have_the_frequencies_that_they_should(temperature, top_p):
         (dict(prompts=[]), r"prompts must be"),
         (dict(prompts=[[50]]), r"prompt 0 holds token 50, outside this model's vocabulary of 50"),
         (dict(prompts=[[-1]]), r"token -1"),
+        (dict(group=0), r"group=0 must be at least 1"),
         (dict(max_new_tokens=0), r"max_new_tokens=0 must be at least 1"),
         (dict(max_new_tokens=22), r"3 tokens and 22 new ones make 25, past max_seq_len=24.*at most 21"),
     ],
