@@ -35,7 +35,7 @@ define install
 	exec "$$chosen" tools/install.py $(1) $$exact --torch-index "$(TORCH_INDEX)"
 endef
 
-.PHONY: help lab test chapters claims weights bench constraints clean
+.PHONY: help lab test chapters claims weights teacher bench constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -61,7 +61,11 @@ weights: ## train every model of the course ahead of time, for a workshop
 	$(call install,lab)
 	@$(VENV_PYTHON) -m tools.weights
 
-bench: ## speed side by side with transformers
+teacher: ## install a real language model for chapter 08 to learn from, once (93 MB)
+	$(call install,lab)
+	@$(VENV_PYTHON) -m tools.teacher
+
+bench: ## speed side by side with transformers, torchao and TRL
 	$(call install,test)
 	@$(VENV_PYTHON) -m bench.speed
 

@@ -1,6 +1,6 @@
-"""Training steps and cached decoding, ours against transformers' Llama and DeepSeek-V3: same weights, same inputs.
+"""Training, cached decoding and steps of GRPO, ours against transformers, torchao and TRL: same weights, same inputs.
 
-    python -m bench.speed [llama] [deepseek] [moe] [fp8] [peak]
+    python -m bench.speed [llama] [deepseek] [moe] [grpo] [fp8] [peak]
 
 All sides take turns within one run, so that a slow spell of the machine meets all of them. Printed are medians and, for
 ratios, the middle half of the rounds in brackets.
@@ -243,6 +243,23 @@ def moe() -> None:
         print(f"| {n} | {micro} | {versus(*once)} | {back} |", flush=True)
 
 
+def grpo() -> None:
+    print("\n## One step of GRPO, rollout and update, against TRL's GRPOTrainer around transformers' Llama\n")
+    from bench.trainer import grpo_steps
+
+    print("| answers | mini, s | TRL, s | ratio | mini, answers' tokens/s |\n|---|---|---|---|---|")
+    config = Config(32, dim=64, n_layers=3, n_heads=2, inter_dim=176, max_seq_len=256)
+    for n_prompts, new, ends in ((32, 100, True), (32, 100, False), (8, 200, True)):
+        torch.manual_seed(0)
+        model = Transformer(config)
+        prompts = torch.randint(2, 32, (n_prompts, 8)).tolist()
+        ours, theirs, length = grpo_steps(model, prompts, new, ends, rounds=6)
+        seconds = " | ".join(f"{statistics.median(t):.2f}" for t in (ours, theirs))
+        rate = n_prompts * 8 * length / statistics.median(ours)
+        name = f"{n_prompts} × 8, {'up to' if ends else 'all of'} {new} tokens (mean {length:.0f})"
+        print(f"| {name} | {seconds} | {versus(ours, theirs)} | {rate:,.0f} |", flush=True)
+
+
 def fp8() -> None:
     print("\n## Into FP8 (E4M3) and back, against torchao and PyTorch's bare cast without any scale\n")
     logging.disable(logging.WARNING)  # torchao tells that its GPU kernels cannot be loaded
@@ -289,7 +306,7 @@ def peak() -> None:
             print(f"| {dim} | {name} | {rate / 1e9:,.0f} | {rate / best:.2f} |", flush=True)
 
 
-PARTS = {"llama": llama, "deepseek": deepseek, "moe": moe, "fp8": fp8, "peak": peak}
+PARTS = {"llama": llama, "deepseek": deepseek, "moe": moe, "grpo": grpo, "fp8": fp8, "peak": peak}
 
 
 def main(names: list[str]) -> None:

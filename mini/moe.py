@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from jaxtyping import Float, Int
@@ -203,8 +204,12 @@ def balance_loss(routing: Routing, sequences: int = 1) -> Float[Tensor, ""]:
 def update_bias(gate: Gate, load: Int[Tensor, "e"], speed: float) -> None:
     """One step of aux-loss-free balancing: down by `speed` where the load is above its mean, up where below.
 
-    arXiv:2412.19437 §2.1.2; the sign rule is that of arXiv:2408.15664, algorithm 1.
+    Loads of several processes (chapter 07) are added up first: the bias answers to the whole batch. arXiv:2412.19437
+    §2.1.2; the sign rule is that of arXiv:2408.15664, algorithm 1.
     """
+    if dist.is_initialized():
+        load = load.clone()
+        dist.all_reduce(load)
     load = load.float()
     gate.bias += speed * (load.mean() - load).sign()
 

@@ -6,8 +6,8 @@ chapters   nbval over chapters/, as a learner first opens them
 browser    a real JupyterLab in Chromium (skipped without one, unless MINI_BROWSER=required)
 
 The notebooks train their models from nothing, in an empty MINI_HOME that solutions, chapters and browser share
-(set MINI_TEST_HOME to a folder to keep the models for the next time). They run one after another, since training
-wants every core. All stages run, whatever fails.
+(set MINI_TEST_HOME to a folder to keep the models for the next time). They run two at a time, each with half of the
+cores: small models gain little from a second core, a second notebook all of it. All stages run, whatever fails.
 """
 
 import argparse
@@ -19,24 +19,28 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKERS = min(os.cpu_count() or 1, 8)
-NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
+CORES = os.cpu_count() or 1
+IN_PAIRS = [f"-n{min(CORES, 2)}", "--dist=loadfile"]
+HALF = {"OMP_NUM_THREADS": str(max(1, CORES // 2))}
+NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200"]
 NBVAL += ["--nbval-sanitize-with=tests/nbval_sanitize.cfg"]
 # what pytest runs, and the environment it runs in
 STAGES: dict[str, tuple[list[str], dict[str, str]]] = {
     "code": (
-        ["tests/unit", "tests/parity", "tests/notebooks", f"-n{WORKERS}", "--dist=loadfile"],
+        ["tests/unit", "tests/parity", "tests/notebooks", f"-n{min(CORES, 8)}", "--dist=loadfile"],
         {"OMP_NUM_THREADS": "1"},
     ),
-    "solutions": (["solutions", *NBVAL], {"MINI_STRICT": "1"}),
-    "chapters": (["chapters", *NBVAL], {}),
-    "browser": (["tests/browser"], {}),
+    "solutions": (["solutions", *NBVAL, *IN_PAIRS], {"MINI_STRICT": "1", **HALF}),
+    "chapters": (["chapters", *NBVAL, *IN_PAIRS], HALF),
+    "browser": (["tests/browser", IN_PAIRS[0]], HALF),
 }
 
 
 def environment(stage: str, home: str) -> dict[str, str]:
     """The environment of a stage: its own models, nobody's grading, this Python's programs on PATH."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("MINI_STRICT", "NBGRADER_EXECUTION")}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("MINI_STRICT", "NBGRADER_EXECUTION")
+    }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return kept | {"MINI_HOME": home, "PATH": path} | STAGES[stage][1]
 
@@ -44,7 +48,9 @@ def environment(stage: str, home: str) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(prog="python -m tests.run", description="All tests, or the stages named.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.run", description="All tests, or the stages named."
+    )
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(STAGES)}; all without any")
     stages = parser.parse_args(arguments[:cut]).stages or list(STAGES)
     if unknown := [stage for stage in stages if stage not in STAGES]:
@@ -55,7 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
         home = os.environ.get("MINI_TEST_HOME", empty)
         for stage in stages:
             print(f"\n· {stage}: {' '.join(STAGES[stage][0])}", flush=True)
-            command = [sys.executable, "-m", "pytest", *STAGES[stage][0], "--durations=5", *arguments[cut + 1 :]]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                *STAGES[stage][0],
+                "--durations=5",
+                *arguments[cut + 1 :],
+            ]
             started = time.monotonic()
             code = subprocess.run(command, cwd=ROOT, env=environment(stage, home)).returncode
             table.append((stage, code, time.monotonic() - started))

@@ -3,6 +3,7 @@
 from mini.lab.check import CheckFailed, agree, check, progress
 from mini.lab.claims import claim, ledger
 from mini.lab.figures import PALETTE, mean_interval, show
+from mini.lab.processes import launch
 from mini.lab.study import shakespeare, study
 from mini.lab.widgets import explore, predict, recall
 
@@ -13,6 +14,7 @@ __all__ = [
     "check",
     "claim",
     "explore",
+    "launch",
     "ledger",
     "mean_interval",
     "predict",

@@ -1,6 +1,7 @@
 """Recipes: train a model once, keep it, load it from then on."""
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -16,10 +17,15 @@ import torch
 from torch import Tensor
 
 import mini
-from mini.data import Tokenizer, batches, bits_per_character, corpus, train_bpe
+from mini import spct
+from mini.data import Tokenizer, batches, bits_per_character, corpus, train_bpe, validation_sample
+from mini.grpo import Settings as Objective
+from mini.grpo import grpo
 from mini.lab.files import home, set_aside
 from mini.model import Config, Transformer
-from mini.train import Settings, load, save, train
+from mini.reward import JUDGE, WRITER_TRAINING, trained_writer
+from mini.tasks import NEW_TOKENS, REASONER, SCHOOL, answers, pretrained, puzzles
+from mini.train import LANGUAGE_BATCH, LANGUAGE_MODEL, LANGUAGE_TRAINING, Settings, load, save, train
 
 Made = tuple[dict[str, Tensor], dict]
 
@@ -135,16 +141,10 @@ def _alone(path: Path) -> Iterator[None]:
         lock.release()
 
 
-# Chapter 02's language model.
-LANGUAGE_MODEL = Config(vocab_size=1024, dim=128, n_layers=3, n_heads=2, inter_dim=336, max_seq_len=128)
-LANGUAGE_TRAINING = Settings(steps=1800, eval_every=200)
-LANGUAGE_BATCH = 8
-
-
-def validation_sample() -> str:
-    """A tenth of the held-out plays, spread over all of them: quick to score while training runs."""
-    _, held_out = corpus()
-    return "".join(held_out[i : i + 4_000] for i in range(0, len(held_out), 40_000))
+def _loaded(config: Config, tensors: dict[str, Tensor]) -> Transformer:
+    model = Transformer(config).eval()
+    model.load_state_dict(tensors)
+    return model
 
 
 def language_model(seed: int = 0) -> tuple[Transformer, Tokenizer, list[dict[str, float]]]:
@@ -172,6 +172,92 @@ def language_model(seed: int = 0) -> tuple[Transformer, Tokenizer, list[dict[str
 
     settings = [LANGUAGE_MODEL, LANGUAGE_TRAINING, LANGUAGE_BATCH, seed]
     tensors, facts = remember("language-model", settings, make)
-    model = Transformer(LANGUAGE_MODEL).eval()
-    model.load_state_dict(tensors)
-    return model, Tokenizer.from_json(facts["tokenizer"]), facts["history"]
+    return _loaded(LANGUAGE_MODEL, tensors), Tokenizer.from_json(facts["tokenizer"]), facts["history"]
+
+
+GRPO = Objective(max_new_tokens=NEW_TOKENS)
+GRPO_STEPS = Settings(steps=20, lr=1e-3, matrix_lr=0.0, warmup=5, decay=0.8, weight_decay=0.0, eval_every=2)
+GRPO_PROMPTS = 32
+
+
+def reasoner(
+    seed: int = 0, stage: str = "rl", config: Config = REASONER
+) -> tuple[Transformer, list[dict[str, float]]]:
+    """Chapter 10's models and their histories: "base", after a minute of supervised training on documents that search
+    a little, and "rl", the same after half a minute of GRPO with a verifier.
+
+    Every second row of the latter's history has `held_out_…`, a summary of 150 answers.
+    """
+    if stage not in ("base", "rl"):
+        raise ValueError(f"stage={stage!r}; use 'base' or 'rl'")
+
+    def base(checkpoint: Path | None) -> Made:
+        model, history = pretrained(seed, config=config, checkpoint=checkpoint, progress=True)
+        return model.state_dict(), {"history": history}
+
+    def rl(checkpoint: Path | None) -> Made:
+        model, _ = reasoner(seed, "base", config)
+        task = puzzles()
+        history = grpo(
+            model,
+            task.ask(GRPO_PROMPTS, seed),
+            task.reward(),
+            GRPO,
+            GRPO_STEPS,
+            end=task.end,
+            reference=copy.deepcopy(model),
+            seed=seed,
+            evaluate=lambda model: {f"held_out_{k}": v for k, v in answers(model, 150).summary().items()},
+            checkpoint=checkpoint,
+        )
+        return model.state_dict(), {"history": history}
+
+    made = {"base": base, "rl": rl}[stage]
+    tensors, facts = remember(
+        f"reasoner-{stage}", [config, SCHOOL, GRPO, GRPO_STEPS, GRPO_PROMPTS, seed], made
+    )
+    return _loaded(config, tensors), facts["history"]
+
+
+STAGES = ("school", "sft", "rft", "rl")
+
+
+def grm(seed: int = 0, stage: str = "rl", principled: bool = True) -> tuple[Transformer, dict]:
+    """Chapter 13's judges, a generative reward model after each stage of its training, and facts about it.
+
+    "school" learns to check, for a minute; then, some seconds each: "sft", on demonstrations; "rft", rejective
+    fine-tuning; "rl", by rule. principled=False: the arm that states no principles. Facts: "history", and for "rft"
+    the counts of `mini.spct.Kept`.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage={stage!r}; use one of {', '.join(STAGES)}")
+
+    def make(checkpoint: Path | None) -> Made:
+        options = dict(checkpoint=checkpoint, progress=True)
+        if stage == "school":
+            model, history = spct.go_to_school(seed, **options)
+            return model.state_dict(), {"history": history}
+        model, facts = grm(seed, STAGES[STAGES.index(stage) - 1], principled)[0], {}
+        if stage == "rft":
+            kept, history = spct.rejective(model, seed, principled=principled, **options)
+            facts = {name: getattr(kept, name) for name in ("right", "easy", "never", "hinted")}
+        else:
+            step = spct.supervised if stage == "sft" else spct.reinforced
+            history = step(model, seed, principled=principled, **options)
+        return model.state_dict(), {"history": history, **facts}
+
+    arm = "grm" if principled or stage == "school" else "grm-plain"  # one school serves both arms
+    settings = [JUDGE, spct.SCHOOL, spct.SFT, spct.RFT, spct.RL, spct.OBJECTIVE, seed]
+    tensors, facts = remember(f"{arm}-{stage}", settings, make)
+    return _loaded(JUDGE, tensors), facts
+
+
+def writer(seed: int = 0) -> tuple[Transformer, list[dict[str, float]]]:
+    """A model that answers the queries of chapters 12 to 14 about as well as people do there, and its history."""
+
+    def make(checkpoint: Path | None) -> Made:
+        model, history = trained_writer(seed, checkpoint=checkpoint, progress=True)
+        return model.state_dict(), {"history": history}
+
+    tensors, facts = remember("writer", [JUDGE, WRITER_TRAINING, seed], make)
+    return _loaded(JUDGE, tensors), facts["history"]

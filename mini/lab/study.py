@@ -16,8 +16,8 @@ from joblib.externals.loky import get_reusable_executor
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mini.data import Tokenizer, corpus, train_bpe
-from mini.lab.recipes import Made, remember, validation_sample
+from mini.data import Tokenizer, corpus, train_bpe, validation_sample
+from mini.lab.recipes import Made, remember
 from mini.train import load, save
 
 Row = dict[str, Any]

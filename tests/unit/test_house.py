@@ -298,7 +298,9 @@ def test_conda_installs_what_pyproject_lists_and_nothing_else():
     assert set(extras) <= set(EXTRAS)
 
 
-@pytest.mark.parametrize("line", [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)])
+@pytest.mark.parametrize(
+    "line", [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
+)
 def test_constraints_hold_each_dependency_in_its_range(line):
     requirement = Requirement(line)
     if requirement.name == PROJECT["name"]:
@@ -374,13 +376,22 @@ def test_every_stage_runs_and_any_failure_counts(monkeypatch, capsys):
 
 
 def test_code_and_notebooks_are_clean():
-    answer = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    answer = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True
+    )
     assert answer.returncode == 0, answer.stdout
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
+    command = [
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports_command as run; run()",
+        "--no-cache",
+    ]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"}
+    )
 
 
 def test_modules_import_what_they_may():
@@ -426,9 +437,13 @@ def test_the_map_of_chapters_is_true():
     here = {path.name[:2]: path for path in (ROOT / "chapters").glob("*.ipynb")}
     for number, title, read, run_ in rows:
         if number not in here:
-            assert (read, run_) == ("", ""), f"README.md gives minutes for chapter {number}, which is not here"
+            assert (read, run_) == ("", ""), (
+                f"README.md gives minutes for chapter {number}, which is not here"
+            )
             continue
         assert f"(chapters/{here[number].name})" in title, f"README.md does not link to chapter {number}"
         first = "".join(json.loads(here[number].read_text(encoding="utf-8"))["cells"][0]["source"])
-        assert re.search(rf"\b{read} minutes to read", first), f"README.md: {read} minutes to read chapter {number}"
+        assert re.search(rf"\b{read} minutes to read", first), (
+            f"README.md: {read} minutes to read chapter {number}"
+        )
         assert run_, f"README.md says nothing of the minutes that chapter {number} runs"
