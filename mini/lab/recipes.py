@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import filelock
 import torch
 from torch import Tensor
 
-import mini
 from mini import spct
 from mini.data import Tokenizer, batches, bits_per_character, corpus, train_bpe, validation_sample
 from mini.grpo import Settings as Objective
 from mini.grpo import grpo
 from mini.lab.files import home, set_aside
+from mini.lab.sources import sources
 from mini.model import Config, Transformer
 from mini.reward import JUDGE, WRITER_TRAINING, trained_writer
 from mini.tasks import NEW_TOKENS, REASONER, SCHOOL, answers, pretrained, puzzles
@@ -30,15 +30,18 @@ from mini.train import LANGUAGE_BATCH, LANGUAGE_MODEL, LANGUAGE_TRAINING, Settin
 Made = tuple[dict[str, Tensor], dict]
 
 
-def remember(name: str, settings: Any, make: Callable[[Path | None], Made]) -> Made:
+def remember(
+    name: str, settings: Any, make: Callable[[Path | None], Made], code: Sequence[str] | None = None
+) -> Made:
     """The tensors and facts that `make(checkpoint)` returns, made once and loaded from then on.
 
-    settings: a dict or dataclass of everything that the result depends on. What is kept belongs to these settings
-    and to these sources of `mini`: a change of either makes it anew. `make` may keep a half-way state in the file
+    settings: a dict or dataclass of everything that the result depends on, the code apart. What is kept belongs to
+    these settings and to `code`, by default `make` and what it uses of its own module and of `mini`: a change of
+    either makes it anew. `make` may keep a half-way state in the file
     `checkpoint`, which an interrupted run finds again; it is None where the cache cannot be written. A second
     process waits for the first one's result. Whatever happens to the cache, the result is returned, with a warning.
     """
-    key = f"{name}-{digest(name, settings)}"
+    key = f"{name}-{digest(name, settings, sources(make) if code is None else code)}"
     folder = home() / "cache"
     path = folder / f"{key}.safetensors"
     with _alone(folder / f"{key}.lock"):
@@ -68,21 +71,15 @@ def remember(name: str, settings: Any, make: Callable[[Path | None], Made]) -> M
         return tensors, facts
 
 
-def digest(name: str, settings: Any) -> str:
-    """Names what is kept: changes with the settings and with any source file that a result could depend on."""
+def digest(name: str, settings: Any, code: Sequence[str] = ()) -> str:
+    """Names what is kept: changes with the settings and with the code that the result depends on."""
     if dataclasses.is_dataclass(settings):
         settings = dataclasses.asdict(settings)
     try:
-        text = json.dumps([name, settings], sort_keys=True, default=_plain)
+        text = json.dumps([name, settings, list(code)], sort_keys=True, default=_plain)
     except TypeError as error:
         raise ValueError(f"the settings of {name} have to be plain values: {error}") from error
-    root = Path(mini.__file__).parent
-    sources = [*sorted(root.glob("*.py")), root / "lab" / "recipes.py", root / "lab" / "study.py"]
-    parts = [
-        text,
-        *(f"{p.name}\n{p.read_text(encoding='utf-8')}" for p in sources),
-    ]  # read_text evens out line ends
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -1,15 +1,11 @@
 """Studies: one small training many times over, with other settings and seeds, on all cores at once, and kept."""
 
-import dis
 import functools
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
-import numpy as np
 import torch
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
@@ -18,6 +14,7 @@ from tqdm.auto import tqdm
 
 from mini.data import Tokenizer, corpus, train_bpe, validation_sample
 from mini.lab.recipes import Made, remember
+from mini.lab.sources import sources
 from mini.train import load, save
 
 Row = dict[str, Any]
@@ -27,8 +24,8 @@ def study(name: str, run: Callable[..., Row], jobs: Sequence[Row]) -> list[Row]:
     """`run(**job)` for every job: a row each, the job with what `run` returned and its `seconds`, in the jobs' order.
 
     Jobs share the cores, one thread each, so a row does not depend on how many cores there are. The result is
-    kept: it belongs to the jobs, to `run` and what it uses of the notebook (functions and plain values), and to the
-    sources of `mini`; a change of any makes it anew. After an interrupt the next call goes on with the jobs left.
+    kept: it belongs to the jobs, and to `run` with all that it uses of the notebook (functions and plain values) and
+    of `mini`; a change of any makes it anew. After an interrupt the next call goes on with the jobs left.
     """
 
     def make(checkpoint: Path | None) -> Made:
@@ -49,7 +46,7 @@ def study(name: str, run: Callable[..., Row], jobs: Sequence[Row]) -> list[Row]:
                     get_reusable_executor().shutdown(wait=False, kill_workers=True)
         return {}, {"rows": [done[str(i)] for i in range(len(jobs))]}
 
-    return remember(name, [list(jobs), sources(run)], make)[1]["rows"]
+    return remember(name, list(jobs), make, sources(run))[1]["rows"]
 
 
 def _timed(run: Callable[..., Row], i: int, job: Row) -> tuple[int, Row]:
@@ -60,42 +57,6 @@ def _timed(run: Callable[..., Row], i: int, job: Row) -> tuple[int, Row]:
         return i, {**job, **run(**job), "seconds": time.perf_counter() - start}
     finally:
         torch.set_num_threads(threads)
-
-
-def sources(run: Callable) -> list[str]:
-    """The text of `run` and of all that it uses of its own module: functions and plain values.
-
-    What `mini` and other libraries define is left out; `remember` looks after the first. Raises ValueError for a
-    tensor or a class of the notebook, whose content a text would not show.
-    """
-    found: dict[str, str] = {}
-
-    def add(name: str, value: object) -> None:
-        if name in found or inspect.ismodule(value):
-            return
-        if isinstance(value, Tensor | np.ndarray):
-            raise ValueError(
-                f"{run.__name__} uses {name}, a tensor of the notebook; make it inside {run.__name__}"
-            )
-        if not callable(value):
-            found[name] = repr(value)
-        elif getattr(value, "__module__", None) == run.__module__:
-            if not inspect.isfunction(value):
-                raise ValueError(
-                    f"{run.__name__} uses {name}, a class of the notebook; use functions, or a class of mini"
-                )
-            found[name] = inspect.getsource(value)
-            for key in sorted(globals_read(value.__code__) & value.__globals__.keys()):
-                add(key, value.__globals__[key])
-
-    add(run.__qualname__, run)
-    return [f"{name}: {text}" for name, text in sorted(found.items())]
-
-
-def globals_read(code: CodeType) -> set[str]:
-    """The global names that a function reads, also in the functions and comprehensions inside it."""
-    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-    return names.union(*(globals_read(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 @functools.cache

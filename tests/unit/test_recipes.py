@@ -1,6 +1,7 @@
 """Train or load: what is kept, when it is made anew, and what happens when files, disks and processes fail."""
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 from mini.lab import recipes
-from mini.lab.recipes import digest, remember
+from mini.lab.recipes import digest
+from mini.lab.sources import sources
 from mini.train import load, save
 
 SETTINGS = {"steps": 3, "lr": 0.01, "betas": (0.9, 0.95)}
+remember = functools.partial(recipes.remember, code=())  # what the makers here consist of does not matter
 
 
 @pytest.fixture(autouse=True)
@@ -55,24 +58,18 @@ def test_made_once_and_loaded_from_then_on(cache, capsys):
     assert kept(cache) == [f"model-{digest('model', SETTINGS)}.safetensors"]
 
 
-def test_other_settings_name_or_sources_are_made_anew(monkeypatch, tmp_path):
+def test_other_settings_name_or_code_are_made_anew(cache):
     one = digest("model", SETTINGS)
     assert digest("model", dict(reversed(SETTINGS.items()))) == one
     assert digest("model", {**SETTINGS, "steps": 4}) != one
     assert digest("other", SETTINGS) != one
+    assert digest("model", SETTINGS, ["make: ..."]) != one
 
-    package = tmp_path / "mini"
-    (package / "lab").mkdir(parents=True)
-    for name in ("__init__.py", "model.py", "lab/recipes.py", "lab/study.py"):
-        (package / name).write_bytes(b"a = 1\n")
-    monkeypatch.setattr(recipes.mini, "__file__", str(package / "__init__.py"))
-    seen = {digest("model", SETTINGS)}
-    (package / "model.py").write_bytes(b"a = 1\r\n")  # as git on Windows checks it out
-    assert digest("model", SETTINGS) in seen
-    for name in ("model.py", "lab/recipes.py", "lab/study.py", "new.py"):
-        (package / name).write_bytes(b"a = 2\n")
-        seen.add(digest("model", SETTINGS))
-    assert len(seen) == 5
+    def make(checkpoint):
+        return {"w": torch.ones(1)}, {}
+
+    recipes.remember("model", SETTINGS, make)
+    assert kept(cache) == [f"model-{digest('model', SETTINGS, sources(make))}.safetensors"]
 
 
 def test_settings_may_be_dataclasses_and_have_to_be_plain():
@@ -219,7 +216,7 @@ WORKER = """
             save(checkpoint, {"half": torch.ones(1)}, {"step": step + 1})
         return {"w": torch.full((1000,), 7.0)}, {"steps": 10}
 
-    tensors, facts = remember("model", {"steps": 10}, make)
+    tensors, facts = remember("model", {"steps": 10}, make, code=())
     assert tensors["w"].tolist() == [7.0] * 1000 and facts["steps"] == 10
 """
 

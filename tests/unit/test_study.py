@@ -11,9 +11,11 @@ import joblib
 import pytest
 import torch
 
+from mini import attention
+from mini.attention import attend
 from mini.lab import study
-from mini.lab.study import sources
-from mini.train import load
+from mini.lab.sources import imported, sources, text
+from mini.train import LANGUAGE_MODEL, load
 
 FACTOR = 3
 FAIL = "fail"  # a file in MINI_HOME: while it is there, job 2 fails
@@ -116,14 +118,46 @@ def test_what_a_text_would_not_show_is_refused(run, message):
 
 
 def test_what_run_uses_belongs_to_what_is_kept(monkeypatch):
-    text = sources(run)
-    assert [line.split(":")[0] for line in text] == ["FACTOR", "FAIL", "kept", "run", "scale"]
+    found = sources(run)
+    own = [line.split(":")[0] for line in found if not line.startswith("mini.")]
+    assert own == ["FACTOR", "FAIL", "kept", "run", "scale"]
     monkeypatch.setitem(globals(), "FACTOR", 4)
-    assert sources(run) != text
+    assert sources(run) != found
+
+
+def uses_a_function(x):
+    return {"y": attend(x, x, x)}
+
+
+def uses_a_module(x):
+    return {"y": attention.attend(x, x, x)}
+
+
+def uses_a_value(x):
+    return {"y": LANGUAGE_MODEL.dim}
+
+
+def test_a_module_of_mini_counts_with_what_it_imports():
+    for function in (uses_a_function, uses_a_module):
+        assert f"mini.attention: {text('mini.attention')}" in sources(function)
+        assert not any(line.startswith("mini.model") for line in sources(function))
+    names = [line.split(":")[0] for line in sources(uses_a_value)]
+    assert {"LANGUAGE_MODEL", "mini.model", "mini.attention", "mini.moe"} <= set(names)
+    assert imported("mini.moe") == {"mini.moe"}
+    assert {"mini.reward", "mini.grpo", "mini.parallel"} <= imported("mini.spct")
+    assert "mini.audit" not in imported("mini.spct")
+
+
+def test_line_ends_do_not_count(tmp_path, monkeypatch):
+    (tmp_path / "windows.py").write_bytes(b"a = 1\r\nb = 2\r\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert text("windows") == "a = 1\nb = 2\n"
 
 
 SLOW = """
 import os, sys, time, torch
+from mini import attention
+from mini.attention import attend
 from mini.lab import study
 
 def run(x):

@@ -1,0 +1,84 @@
+"""What a result depends on: the text of a function, and of everything that it uses of its own module and of `mini`."""
+
+import ast
+import dis
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType
+
+import numpy as np
+from torch import Tensor
+
+
+def sources(run: Callable) -> list[str]:
+    """The text of `run`, of the functions and values that it uses of its own module, and of the modules of `mini`.
+
+    A module counts whole, with all modules of `mini` that it imports; other libraries are left out. Raises ValueError
+    for a tensor or a class of the notebook, whose content a text would not show.
+    """
+    found: dict[str, str] = {}
+
+    def add(name: str, value: object) -> None:
+        kind = value if inspect.ismodule(value) or callable(value) else type(value)
+        module = kind.__name__ if inspect.ismodule(kind) else getattr(kind, "__module__", None) or ""
+        if module.startswith("mini.") and module != run.__module__:
+            found.update((name, text(name)) for name in imported(module))
+        if name in found or inspect.ismodule(value):
+            return
+        if isinstance(value, Tensor | np.ndarray):
+            raise ValueError(
+                f"{run.__name__} uses {name}, a tensor of the notebook; make it inside {run.__name__}"
+            )
+        if not callable(value):
+            found[name] = repr(value)
+        elif module == run.__module__:
+            if not inspect.isfunction(value):
+                raise ValueError(
+                    f"{run.__name__} uses {name}, a class of the notebook; use functions, or a class of mini"
+                )
+            found[name] = inspect.getsource(value)
+            for key in sorted(globals_read(value.__code__) & value.__globals__.keys()):
+                add(key, value.__globals__[key])
+
+    add(run.__qualname__, run)
+    return [f"{name}: {text}" for name, text in sorted(found.items())]
+
+
+def globals_read(code: CodeType) -> set[str]:
+    """The global names that a function reads, also in the functions and comprehensions inside it."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return names.union(*(globals_read(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def text(module: str) -> str:
+    """The source of a module, with the same line ends everywhere."""
+    return Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+
+
+@functools.cache
+def imported(module: str) -> frozenset[str]:
+    """This module and all modules of `mini` that it imports, at whatever remove, as names such as "mini.model"."""
+    found, todo = set(), [module]
+    while todo:
+        if (name := todo.pop()) in found:
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(text(name))):
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            )
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias}" for alias in names)]
+            todo += [n for n in names if n.startswith("mini.") and is_module(n)]
+    return frozenset(found)
+
+
+def is_module(name: str) -> bool:
+    """Whether this is a module's name, and not that of something in a module."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is no package
+        return False
