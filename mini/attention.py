@@ -10,6 +10,8 @@ Shapes are written with einops letters: b batch, t query positions, s key positi
 g key-value heads, d width of one head's key, e width of one head's value.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -169,7 +171,7 @@ class Attention(nn.Module):
             )
         rows = [n * self.head_dim for n in (n_heads, self.n_kv_heads, self.n_kv_heads)]
         self.wqkv = nn.Linear(dim, sum(rows), bias=False)
-        self.wqkv.weight.parts = rows  # the optimiser treats stacked matrices each by itself
+        self.wqkv.weight = Stacked(self.wqkv.weight, parts=rows)
         self.wo = nn.Linear(dim, dim, bias=False)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
@@ -190,3 +192,20 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         return self.wo(rearrange(attend(q, k, v, mask=mask), "b h t d -> b t (h d)"))
+
+
+class Stacked(nn.Parameter):
+    """Matrices one above another in one parameter, since one large product is faster than several small ones.
+
+    `parts`, their numbers of rows, tells the optimiser to treat each by itself; a copy of a model keeps them.
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True, *, parts: Sequence[int]) -> "Stacked":
+        self = super().__new__(cls, data.detach(), requires_grad)
+        self.parts = tuple(parts)
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "Stacked":
+        if id(self) not in memo:
+            memo[id(self)] = Stacked(self.data.clone(), self.requires_grad, parts=self.parts)
+        return memo[id(self)]

@@ -10,7 +10,7 @@ DeepSeekMath (arXiv:2402.03300). DeepSeek-V3 (arXiv:2412.19437, equations 26-28)
 
 Not offered: DAPO's dynamic sampling (a group without signal is counted, not drawn again) and its penalty for length
 (that is a reward); the other losses of TRL 1.16 (cispo, sapo, luspo, vespo), its second clip `delta`, its bonuses and
-masks by entropy; several processes.
+masks by entropy.
 
 Shapes: n answers, those of one prompt next to one another; t tokens.
 """
@@ -25,6 +25,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mini import parallel
 from mini.distill import masked_mean, score, stack
 from mini.model import Transformer
 from mini.sample import sample
@@ -257,14 +258,16 @@ class Policy(nn.Module):
         self.register_buffer("rewards", torch.zeros(n_prompts, group, device=device))
 
     def keep(self, new: Rollout, ref_logprobs: Float[Tensor, "n t"]) -> None:
-        if new.rewards.shape != self.rewards.shape:
-            count = f"{len(new.rewards)} prompts, and {len(self.rewards)} at step 0"
+        rewards = parallel.all_rows(new.rewards)
+        if rewards.shape != self.rewards.shape:
+            count = f"{len(rewards)} prompts, and {len(self.rewards)} at step 0"
             raise ValueError(f"{count}; give as many at every step")
-        t = new.mask.shape[1]
-        self.rows.fill_(-1)[:, : t + 1] = new.rows
-        self.mask.zero_()[:, :t] = new.mask
-        self.logprobs[:, :t], self.ref_logprobs[:, :t] = new.logprobs, ref_logprobs
-        self.rewards.copy_(new.rewards)
+        more = len(self.rows[0]) - new.rows.shape[1]
+        self.rows.copy_(parallel.all_rows(F.pad(new.rows, (0, more), value=-1)))
+        self.mask.copy_(parallel.all_rows(F.pad(new.mask, (0, more)).int()))
+        self.logprobs.copy_(parallel.all_rows(F.pad(new.logprobs, (0, more))))
+        self.ref_logprobs.copy_(parallel.all_rows(F.pad(ref_logprobs, (0, more))))
+        self.rewards.copy_(rewards)
 
 
 def grpo(
@@ -289,6 +292,8 @@ def grpo(
     chapters 12 and 13 have prompts, answers and rewards of other kinds. `reference`: a copy of the model as it was at
     first, for a β above 0 or to watch how far the policy goes. `evaluate(model)` runs every training.eval_every.
 
+    Under torchrun (chapter 07) each process draws the answers to its share of the prompts, and all learn from all.
+
     With `checkpoint`, a run that was interrupted and is called again repeats the unbroken one bit for bit, also from
     between two updates on the same rollout, which is saved with the model.
 
@@ -300,6 +305,11 @@ def grpo(
         raise ValueError(f"beta={settings.beta} needs a reference; give reference=copy.deepcopy(model)")
     policy = Policy(model, len(prompts(0)), settings.G, settings.texts)
     n, device = len(policy.rows), policy.rows.device
+    if len(policy.rewards) % parallel.world_size():
+        raise ValueError(
+            f"{len(policy.rewards)} prompts cannot be shared evenly by {parallel.world_size()} processes; "
+            f"use {parallel.world_size() * -(-len(policy.rewards) // parallel.world_size())}"
+        )
     if n % settings.minibatches:
         raise ValueError(
             f"minibatches={settings.minibatches} do not divide the {n} answers of a rollout evenly"
@@ -313,8 +323,12 @@ def grpo(
         number, update = divmod(step, settings.epochs * settings.minibatches)
         epoch, part = divmod(update, settings.minibatches)
         if update == 0:
-            g = torch.Generator(device).manual_seed(1_000_003 * seed + number)
-            new = draw(model, prompts(number), reward, settings, end=end, generator=g)
+            share = (
+                1_000_003 * seed + number
+            )  # of several processes (chapter 07), each draws for its own prompts
+            g = torch.Generator(device).manual_seed(share * parallel.world_size() + parallel.rank())
+            mine = prompts(number)[parallel.rank() :: parallel.world_size()]
+            new = draw(model, mine, reward, settings, end=end, generator=g)
             ref_logprobs = new.logprobs
             if reference is not None:
                 with torch.no_grad():
@@ -327,9 +341,10 @@ def grpo(
         return rows[:, : int((rows >= 0).sum(dim=1).max())]
 
     def loss(policy: Policy, rows: Int[Tensor, "b length"]) -> Float[Tensor, ""]:
+        own = parallel.my_rows(places)
         parts = policy.mask, policy.logprobs, policy.ref_logprobs
-        mask, old, ref = (part[places, : rows.shape[1] - 1] for part in parts)
-        a = repeat(advantages(policy.rewards, settings.scale), "p g -> (p g r)", r=settings.texts)[places]
+        mask, old, ref = (part[own, : rows.shape[1] - 1] for part in parts)
+        a = repeat(advantages(policy.rewards, settings.scale), "p g -> (p g r)", r=settings.texts)[own]
         logprobs, entropy = token_logprobs(policy.model, rows, settings.temperature)
         free, cut = gains(ratios(logprobs.detach(), old, mask, settings.ratio), a, settings)
         seen["entropy"] = masked_mean(entropy, mask).item()

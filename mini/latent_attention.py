@@ -16,7 +16,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mini.attention import attend, room, rope, rope_frequencies
+from mini.attention import Stacked, attend, room, rope, rope_frequencies
 
 
 def yarn_frequencies(
@@ -101,10 +101,9 @@ class LatentAttention(nn.Module):
         )
         qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
         self.softmax_scale = qk_head_dim**-0.5 * mscale**2
-        # what reads the stream is one matrix, because one large product is faster than two small ones
         down = [q_lora_rank or n_heads * qk_head_dim, kv_lora_rank + qk_rope_head_dim]
         self.wqkv_a = nn.Linear(dim, sum(down), bias=False)
-        self.wqkv_a.weight.parts = down  # the optimiser treats stacked matrices each by itself
+        self.wqkv_a.weight = Stacked(self.wqkv_a.weight, parts=down)
         self.q_norm = nn.RMSNorm(q_lora_rank, eps=1e-6) if q_lora_rank else None
         self.wq_b = nn.Linear(q_lora_rank, n_heads * qk_head_dim, bias=False) if q_lora_rank else None
         self.kv_norm = nn.RMSNorm(kv_lora_rank, eps=1e-6)

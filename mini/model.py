@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mini.attention import Attention, KVCache, rope_table
+from mini.attention import Attention, KVCache, Stacked, rope_table
 from mini.latent_attention import LatentAttention, LatentCache, yarn_frequencies, yarn_mscale
 from mini.moe import Experts, Gate, MoE
 
@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, inter_dim: int) -> None:
         super().__init__()
         self.w13 = nn.Linear(dim, 2 * inter_dim, bias=False)
-        self.w13.weight.parts = (inter_dim, inter_dim)  # the optimiser treats stacked matrices each by itself
+        self.w13.weight = Stacked(self.w13.weight, parts=(inter_dim, inter_dim))
         self.w2 = nn.Linear(inter_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*b dim"]) -> Float[Tensor, "*b dim"]:

@@ -18,6 +18,8 @@ from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mini.attention import Stacked
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -115,8 +117,8 @@ class Experts(nn.Module):
                 raise ValueError(
                     f"{name}={width} is not a multiple of 8; with experts, use {width + 8 - width % 8}"
                 )
-        self.w13 = nn.Parameter(torch.empty(n_experts, 2 * inter_dim, dim).normal_(std=0.5 * dim**-0.5))
-        self.w13.parts = (inter_dim, inter_dim)  # the optimiser treats stacked matrices each by itself
+        w13 = torch.empty(n_experts, 2 * inter_dim, dim).normal_(std=0.5 * dim**-0.5)
+        self.w13 = Stacked(w13, parts=(inter_dim, inter_dim))
         self.w2 = nn.Parameter(torch.empty(n_experts, dim, inter_dim).normal_(std=0.5 * dim**-0.5))
 
     def forward(

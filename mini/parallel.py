@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mini.moe import Experts
@@ -57,7 +57,7 @@ def lost_another(error: Exception) -> bool:
 # Data parallelism: every process has the whole model and a share of the batch.
 
 
-def my_rows(batch: Int[Tensor, "b t"]) -> Int[Tensor, "b_mine t"]:
+def my_rows(batch: Int[Tensor, "b *t"]) -> Int[Tensor, "b_mine *t"]:
     """This process's share of a batch. Shares are equal, so that the mean of their means is the mean of all."""
     if len(batch) % world_size():
         raise ValueError(
@@ -65,6 +65,15 @@ def my_rows(batch: Int[Tensor, "b t"]) -> Int[Tensor, "b_mine t"]:
             f"use {world_size() * -(-len(batch) // world_size())} rows"
         )
     return batch[rank() :: world_size()]
+
+
+def all_rows(mine: Shaped[Tensor, "n_mine *_"]) -> Shaped[Tensor, "n *_"]:
+    """The rows of all processes, those of process 0 first; each has as many."""
+    if world_size() == 1:
+        return mine
+    found = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(found, mine.contiguous())
+    return torch.cat(found)
 
 
 def average_gradients(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -343,7 +344,7 @@ LANGUAGE_TRAINING = Settings(steps=1800, eval_every=200)
 LANGUAGE_BATCH = 8
 
 
-def add_options(parser: argparse.ArgumentParser, defaults: Config | Settings) -> None:
+def add_options(parser: argparse.ArgumentParser, defaults: Any) -> None:
     """An option for each plain field of a dataclass: `n_layers` becomes --n-layers."""
     group = parser.add_argument_group(type(defaults).__name__)
     for field in fields(defaults):
@@ -355,7 +356,7 @@ def add_options(parser: argparse.ArgumentParser, defaults: Config | Settings) ->
             group.add_argument(name, type=field.type, default=value, help=f"(default: {value})")
 
 
-def from_options(kind: type, options: argparse.Namespace) -> Config | Settings:
+def from_options(kind: type, options: argparse.Namespace) -> Any:
     return kind(**{f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)})
 
 
