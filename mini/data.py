@@ -4,7 +4,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -142,6 +142,14 @@ def train_bpe(text: str, vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     engine.train_from_iterator([text], trainer)
     return Tokenizer(engine)
+
+
+@cache
+def shakespeare(vocab_size: int = 1024) -> tuple[Tensor, str, Tokenizer]:
+    """The training text as tokens, `validation_sample()`, and the tokenizer; made once in each process."""
+    text, _ = corpus()
+    tokenizer = train_bpe(text, vocab_size)
+    return torch.tensor(tokenizer.encode(text)), validation_sample(), tokenizer
 
 
 def batches(

@@ -1,6 +1,5 @@
 """Studies: one small training many times over, with other settings and seeds, on all cores at once, and kept."""
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +8,8 @@ from typing import Any
 import torch
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from mini.data import Tokenizer, corpus, train_bpe, validation_sample
 from mini.lab.recipes import Made, remember
 from mini.lab.sources import sources
 from mini.train import load, save
@@ -57,11 +54,3 @@ def _timed(run: Callable[..., Row], i: int, job: Row) -> tuple[int, Row]:
         return i, {**job, **run(**job), "seconds": time.perf_counter() - start}
     finally:
         torch.set_num_threads(threads)
-
-
-@functools.cache
-def shakespeare(vocab_size: int = 1024) -> tuple[Tensor, str, Tokenizer]:
-    """The training text as tokens, `validation_sample()`, and the tokenizer; made once in each process."""
-    text, _ = corpus()
-    tokenizer = train_bpe(text, vocab_size)
-    return torch.tensor(tokenizer.encode(text)), validation_sample(), tokenizer
