@@ -264,10 +264,10 @@ def text(query: Query, answer: Answer) -> list[int]:
 ANSWER_TOKENS = LONGEST + 1
 
 
-def population(n: int, seed: int = 0, **chances: float) -> Int[Tensor, "n t"]:
+def population(n: int, seed: int = 0, held_out: bool = False, **chances: float) -> Int[Tensor, "n t"]:
     """n queries with an answer each, as people might leave them; `chances` as for `draw_answer`."""
     rng = random.Random(f"population {seed}")
-    queries = [draw_query(rng) for _ in range(n)]
+    queries = [draw_query(rng, held_out=held_out) for _ in range(n)]
     return stack([text(query, draw_answer(rng, query, **chances)) for query in queries])
 
 

@@ -87,12 +87,14 @@ def half_taught(query: Query) -> Sequence[float]:
     return [(w + 1 / len(CRITERIA)) / 2 for w in hidden_weights(query.who, query.how)]
 
 
-def lessons(n: int, seed: int | str, odds: Odds, plain: float = 0.0) -> Int[Tensor, "n t"]:
+def lessons(
+    n: int, seed: int | str, odds: Odds, plain: float = 0.0, held_out: bool = False
+) -> Int[Tensor, "n t"]:
     """n transcripts of single answers with every check right; a share `plain` of them states no principles."""
     rng = random.Random(f"lessons {seed}")
     found = []
     for _ in range(n):
-        query = draw_query(rng)
+        query = draw_query(rng, held_out=held_out)
         answer, principles = draw_answer(rng, query), draw_principles(rng, odds(query))
         stated = [] if rng.random() < plain else write_principles(principles)
         found.append(transcript(query, stated, answer, write_critique(query, answer, principles)))
@@ -181,7 +183,7 @@ def rejective(
 
 
 def reinforced(
-    model: Transformer, seed: int = 0, *, principled: bool = True, **options
+    model: Transformer, seed: int = 0, *, principled: bool = True, steps: int = RL.steps, **options
 ) -> list[dict[str, float]]:
     """Rule-based online RL, SPCT's second stage, in place: GRPO on +1 for a right judgement, -1 for any other."""
     return grpo(
@@ -189,7 +191,7 @@ def reinforced(
         lambda i: draw_cases(RL_CASES, f"rl {seed} {i}"),
         rule,
         OBJECTIVE,
-        RL,
+        replace(RL, steps=steps),
         end=END,
         draw=partial(rollout, principled=principled),
         reference=copy.deepcopy(model),
