@@ -86,7 +86,7 @@ class Plan:
     fp8: bool = False  # the base in V3's eight bits; simulated, therefore slower
     cold_start: bool = True  # worked answers before RL; without, R1-Zero
     seed: int = 0
-    base_steps: int = 400
+    base_steps: int = 300
     r1_steps: int = 30
     judge_steps: int = 20
     aligned_steps: int = 40
@@ -157,18 +157,20 @@ def pack(documents: Sequence[Sequence[int]], length: int) -> Int[Tensor, "n leng
     return torch.tensor(rows)
 
 
-def pretrained(plan: Plan, **options) -> tuple[nn.Module, list[dict[str, float]]]:
-    """The base, inside its MTP if it has one, and its history."""
+def pretrained(
+    plan: Plan, config: Config, batch: int = BATCH, **options
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """A base, inside its MTP if the plan has one, and its history. `config`: `config(plan)`, or another to compare."""
     torch.manual_seed(plan.seed)
-    model = Transformer(config(plan))
+    model = Transformer(config)
     net = MTP(model) if plan.mtp else model
     if plan.fp8:
         to_fp8(net)
     loss = mtp_loss() if plan.mtp else cross_entropy
-    rows = pack(documents(DOCUMENTS, plan.seed), V3_MINI.max_seq_len + 1)
+    loss = balanced(loss) if config.n_routed_experts else loss
+    rows = pack(documents(DOCUMENTS, plan.seed), config.max_seq_len + 1)
     settings = Settings(steps=plan.base_steps, decay=0.6)
-    loss = balanced(loss) if plan.moe else loss
-    return net, train(net, deal(rows, BATCH, plan.seed), settings, loss=loss, **options)
+    return net, train(net, deal(rows, batch, plan.seed), settings, loss=loss, **options)
 
 
 RL = Settings(steps=1, lr=1e-3, matrix_lr=0.0, warmup=5, decay=0.5, weight_decay=0.0)
@@ -259,7 +261,7 @@ def make(
     other = before(others[stage]) if stage in others else None
     with metered(other) as elsewhere, metered(start := start_of(stage, before)) as tokens:
         if stage == "base":
-            net, history = pretrained(plan, **options)
+            net, history = pretrained(plan, config(plan), **options)
         elif stage == "student":
             net, history = imitator(texts_of(other, TEXTS, seed), plan.student_steps, seed, **options)
         else:

@@ -14,9 +14,9 @@ from typing import Any
 
 import filelock
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mini import spct
+from mini import capstone, spct
 from mini.data import Tokenizer, batches, bits_per_character, corpus, train_bpe, validation_sample
 from mini.grpo import Settings as Objective
 from mini.grpo import grpo
@@ -258,3 +258,16 @@ def writer(seed: int = 0) -> tuple[Transformer, list[dict[str, float]]]:
 
     tensors, facts = remember("writer", [JUDGE, WRITER_TRAINING, seed], make)
     return _loaded(JUDGE, tensors), facts["history"]
+
+
+def line(plan: capstone.Plan, stage: str = "student", progress: bool = True) -> tuple[nn.Module, dict]:
+    """A stage of chapter 15's line and its facts (`mini.capstone.make`); what it starts from is made first."""
+
+    def made(checkpoint: Path | None) -> Made:
+        def before(earlier: str) -> Transformer:
+            return capstone.plain(line(plan, earlier, progress)[0])
+
+        return capstone.make(stage, plan, before, checkpoint, progress)
+
+    tensors, facts = remember(f"line-{stage}", capstone.concerns(stage, plan), made)
+    return capstone.built(stage, plan, tensors), facts
