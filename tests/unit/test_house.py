@@ -447,3 +447,25 @@ def test_the_map_of_chapters_is_true():
             f"README.md: {read} minutes to read chapter {number}"
         )
         assert run_, f"README.md says nothing of the minutes that chapter {number} runs"
+
+
+def test_symbols_stand_in_the_chapters_that_the_notation_names():
+    """Each symbol of docs/NOTATION.md occurs in a formula of the chapter that is said to use it first."""
+
+    def plain(formula: str) -> str:
+        return re.sub(r"\s|\\[,;!]|[{}]", "", formula)
+
+    formulas: dict[str, str] = {}
+    for path in (ROOT / "solutions").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        found = re.findall(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$", text, re.S)
+        formulas[path.name[:2]] = " ".join(plain(block or inline) for block, inline in found)
+    text = (ROOT / "docs" / "NOTATION.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\$.*?) \| .* \| (\d\d) \|$", text, re.M)
+    assert len(rows) > 100
+    for symbols, chapter in rows:
+        for symbol in re.findall(r"\$(.+?)\$", symbols):
+            assert plain(symbol) in formulas[chapter], (
+                f"docs/NOTATION.md: {symbol} is not in chapter {chapter}"
+            )
