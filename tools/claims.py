@@ -1,6 +1,10 @@
-"""Collect the claim cards of the executed notebooks: `python -m tools.claims` writes docs/CLAIMS.md."""
+"""Collect the claim cards of the executed notebooks: `python -m tools.claims` writes docs/CLAIMS.md.
+
+It also writes how many there are into README.md, over the line that says so there.
+"""
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +14,8 @@ from mini.lab.claims import cards, table, title
 from tools.chapters import ROOT, SOLUTIONS
 
 LEDGER = ROOT / "docs" / "CLAIMS.md"
+README = ROOT / "README.md"
+COUNT = re.compile(r"^\d+ claims?: .*$", re.M)
 
 # What the public says of DeepSeek, and the claims of the course that speak to it: the chapter's number and some words
 # of the claim that no other claim of that chapter has.
@@ -107,11 +113,22 @@ def collect() -> str:
     return ledger(paths, story(paths))
 
 
+def counted(readme: str, claims: str) -> str:
+    """README.md with the line of docs/CLAIMS.md that counts the claims."""
+    (line,) = COUNT.findall(claims)
+    text, found = COUNT.subn(lambda _: line, readme)
+    if found != 1:
+        raise ValueError(f"README.md has {found} lines that begin like {line[:12]!r}; it should have one")
+    return text
+
+
 if __name__ == "__main__":
     try:
         text = collect()
+        readme = counted(README.read_text(encoding="utf-8"), text)
     except ValueError as error:
-        sys.exit(f"docs/CLAIMS.md left as it was: {error}")
+        sys.exit(f"docs/CLAIMS.md and README.md left as they were: {error}")
     LEDGER.parent.mkdir(exist_ok=True)
     LEDGER.write_text(text, encoding="utf-8", newline="\n")
+    README.write_text(readme, encoding="utf-8", newline="\n")
     print(f"{LEDGER.relative_to(ROOT)} written")

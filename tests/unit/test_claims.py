@@ -5,7 +5,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from mini.lab import claim, claims, ledger
 from tools.chapters import SOLUTIONS
-from tools.claims import STORY, story
+from tools.claims import STORY, counted, story
 
 
 @pytest.fixture
@@ -167,3 +167,10 @@ def test_story_names_what_it_does_not_find(two, place, words):
 def test_each_row_of_the_story_points_to_claims_of_the_course(said):
     assert STORY[said]
     story(sorted(SOLUTIONS.glob("*.ipynb")), {said: STORY[said]})
+
+
+def test_the_readme_says_how_many():
+    claims = "# Claims\n\n3 claims: 3 derived.\n\nrest\n"
+    assert counted("a\n\n1 claim: 1 derived.\n\nb\n", claims) == "a\n\n3 claims: 3 derived.\n\nb\n"
+    with pytest.raises(ValueError, match="0 lines"):
+        counted("nothing\n", claims)
