@@ -67,7 +67,7 @@ teacher: ## install a real language model for chapter 08 to learn from, once (93
 	$(call install,lab)
 	@$(VENV_PYTHON) -m tools.teacher
 
-bench: ## speed side by side with transformers, torchao and TRL
+bench: ## speed beside transformers, torchao and TRL, into docs/BENCH.md
 	$(call install,test)
 	@$(VENV_PYTHON) -m bench.speed
 
