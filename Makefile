@@ -5,7 +5,7 @@
 # CHAPTER=02              the chapter that `make lab` opens
 # LAB_ARGS=--no-browser   further options for JupyterLab
 # STAGES="code browser"   the parts of the tests to run: code solutions chapters browser
-# TORCH_INDEX=<address>   where pip also looks for torch; see "A small torch on Linux" in README.md
+# TORCH_INDEX=<address>   where pip also looks for torch; see "A small torch on Linux" in docs/INSTALL.md
 PYTHON ?=
 CHAPTER ?=
 LAB_ARGS ?=
@@ -48,14 +48,16 @@ test: ## set up once, then all tests: code, notebooks, and the browser where Chr
 	$(call install,test)
 	@$(VENV_PYTHON) -m tests.run $(STAGES)
 
-chapters: ## derive chapters/ from solutions/, run both, collect the claims
+chapters: ## derive chapters/ from solutions/, run both, then what `make claims` does
 	$(call install,test)
 	@$(VENV_PYTHON) -m tools.chapters
 	@$(VENV_PYTHON) -m tools.claims
+	@$(VENV_PYTHON) -m tools.pictures
 
-claims: ## collect docs/CLAIMS.md from the executed notebooks
+claims: ## collect docs/CLAIMS.md and docs/images/ from the executed notebooks
 	$(call install,test)
 	@$(VENV_PYTHON) -m tools.claims
+	@$(VENV_PYTHON) -m tools.pictures
 
 weights: ## train every model of the course ahead of time, for a workshop
 	$(call install,lab)
@@ -65,7 +67,7 @@ teacher: ## install a real language model for chapter 08 to learn from, once (93
 	$(call install,lab)
 	@$(VENV_PYTHON) -m tools.teacher
 
-bench: ## speed side by side with transformers, torchao and TRL
+bench: ## speed beside transformers, torchao and TRL, into docs/BENCH.md
 	$(call install,test)
 	@$(VENV_PYTHON) -m bench.speed
 

@@ -1,1 +1,1 @@
-"""Speed, side by side with the libraries that everyone uses. `make bench` prints the table."""
+"""Speed, side by side with the libraries that everyone uses. `make bench` writes docs/BENCH.md."""

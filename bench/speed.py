@@ -3,7 +3,8 @@
     python -m bench.speed [llama] [deepseek] [moe] [grpo] [fp8] [peak]
 
 All sides take turns within one run, so that a slow spell of the machine meets all of them. Printed are medians and, for
-ratios, the middle half of the rounds in brackets.
+ratios, the middle half of the rounds in brackets. A run of all parts also writes its tables into docs/BENCH.md, which
+has the method; a run of some of them leaves that file as it is.
 """
 
 import logging
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM
 
 from bench.llama import to_llama
+from bench.report import REPORT, method, said, say, setting, write
 from mini import budget, hf
 from mini.attention import KVCache, attend
 from mini.fp8 import E4M3, dequantize, quantize
@@ -178,8 +180,8 @@ def variant(model: Transformer, kind: type[LatentAttention]) -> Transformer:
 
 
 def llama() -> None:
-    print("\n## Ordinary attention, against transformers' Llama\n")
-    print("| | mini, tok/s | transformers, tok/s | ratio |\n|---|---|---|---|")
+    say("\n## Ordinary attention, against transformers' Llama\n")
+    say("| | mini, tok/s | transformers, tok/s | ratio |\n|---|---|---|---|")
     for name, n_kv_heads in HEADS.items():
         torch.manual_seed(0)
         model = Transformer(llama_config(n_kv_heads))
@@ -191,36 +193,33 @@ def llama() -> None:
         }
         for row, (tokens, times) in rows.items():
             rates = " | ".join(f"{tokens / statistics.median(t):,.0f}" for t in times)
-            print(f"| {name}: {row} | {rates} | {versus(*times)} |", flush=True)
+            say(f"| {name}: {row} | {rates} | {versus(*times)} |")
 
 
 def deepseek() -> None:
-    print("\n## Latent attention and experts, against transformers' DeepseekV3ForCausalLM\n")
+    say("\n## Latent attention and experts, against transformers' DeepseekV3ForCausalLM\n")
     torch.manual_seed(0)
     model = Transformer(DEEPSEEK)
     theirs = to_deepseek(model)
-    print("| | mini, tok/s | transformers, tok/s | ratio |\n|---|---|---|---|")
+    say("| | mini, tok/s | transformers, tok/s | ratio |\n|---|---|---|---|")
     times = training(model, theirs, 16, 128, rounds=15)
     rates = " | ".join(f"{16 * 128 / statistics.median(t):,.0f}" for t in times)
-    print(f"| training step, 16 × 128 | {rates} | {versus(*times)} |", flush=True)
+    say(f"| training step, 16 × 128 | {rates} | {versus(*times)} |")
     kinds = {"absorbed": model, "expanded at every step": variant(model, ExpandEveryStep)}
     kinds["all keys and values kept"] = variant(model, KeepKeysAndValues)
     for batch, new in ((1, 200), (64, 200), (64, 480)):
         *ours, reference = decoding(list(kinds.values()), theirs, batch, new, rounds=5)
         for name, taken in zip(kinds, ours, strict=True):
             rates = " | ".join(f"{batch * new / statistics.median(t):,.0f}" for t in (taken, reference))
-            print(
-                f"| decoding {new}, batch {batch}, {name} | {rates} | {versus(taken, reference)} |",
-                flush=True,
-            )
+            say(f"| decoding {new}, batch {batch}, {name} | {rates} | {versus(taken, reference)} |")
 
 
 def moe() -> None:
-    print("\n## The experts' block alone, against transformers' DeepseekV3MoE\n")
+    say("\n## The experts' block alone, against transformers' DeepseekV3MoE\n")
     torch.manual_seed(0)
     model = Transformer(DEEPSEEK)
     ours, theirs = model.layers[1].ffn, to_deepseek(model).model.layers[1].mlp
-    print(
+    say(
         "| tokens | forward: mini, µs | transformers, µs | ratio | with backward: ratio |\n|---|---|---|---|---|"
     )
     for n in (1, 4, 16, 64, 256, 1024, 4096):
@@ -240,14 +239,14 @@ def moe() -> None:
         once = race([lambda: forward(ours), lambda: forward(theirs)], 21)
         micro = " | ".join(f"{1e6 * statistics.median(t) / repeats:,.0f}" for t in once)
         back = versus(*race([lambda: both(ours), lambda: both(theirs)], 15))
-        print(f"| {n} | {micro} | {versus(*once)} | {back} |", flush=True)
+        say(f"| {n} | {micro} | {versus(*once)} | {back} |")
 
 
 def grpo() -> None:
-    print("\n## One step of GRPO, rollout and update, against TRL's GRPOTrainer around transformers' Llama\n")
+    say("\n## One step of GRPO, rollout and update, against TRL's GRPOTrainer around transformers' Llama\n")
     from bench.trainer import grpo_steps
 
-    print("| answers | mini, s | TRL, s | ratio | mini, answers' tokens/s |\n|---|---|---|---|---|")
+    say("| answers | mini, s | TRL, s | ratio | mini, answers' tokens/s |\n|---|---|---|---|---|")
     config = Config(32, dim=64, n_layers=3, n_heads=2, inter_dim=176, max_seq_len=256)
     for n_prompts, new, ends in ((32, 100, True), (32, 100, False), (8, 200, True)):
         torch.manual_seed(0)
@@ -257,17 +256,17 @@ def grpo() -> None:
         seconds = " | ".join(f"{statistics.median(t):.2f}" for t in (ours, theirs))
         rate = n_prompts * 8 * length / statistics.median(ours)
         name = f"{n_prompts} × 8, {'up to' if ends else 'all of'} {new} tokens (mean {length:.0f})"
-        print(f"| {name} | {seconds} | {versus(ours, theirs)} | {rate:,.0f} |", flush=True)
+        say(f"| {name} | {seconds} | {versus(ours, theirs)} | {rate:,.0f} |")
 
 
 def fp8() -> None:
-    print("\n## Into FP8 (E4M3) and back, against torchao and PyTorch's bare cast without any scale\n")
+    say("\n## Into FP8 (E4M3) and back, against torchao and PyTorch's bare cast without any scale\n")
     logging.disable(logging.WARNING)  # torchao tells that its GPU kernels cannot be loaded
     from torchao.quantization import quant_primitives as torchao
 
     x = torch.randn(2048, 2048)
     size = 5 * x.numel() / 1e9  # four bytes on one side, one on the other
-    print(
+    say(
         "| tile | | mini, GB/s | torchao, GB/s | bare cast, GB/s | mini / torchao |\n|---|---|---|---|---|---|"
     )
     for tile in (None, (1, 128), (128, 128), (128, 1)):
@@ -286,14 +285,14 @@ def fp8() -> None:
         for way, runs in (("into", into), ("back", back)):
             times = race(runs, 15)
             rates = " | ".join(f"{size / statistics.median(t):.2f}" for t in times)
-            print(f"| {tile or 'whole'} | {way} | {rates} | {versus(*times[:2])} |", flush=True)
+            say(f"| {tile or 'whole'} | {way} | {rates} | {versus(*times[:2])} |")
 
 
 def peak() -> None:
-    print("\n## Share of this machine's matrix-multiply peak that a training step reaches\n")
+    say("\n## Share of this machine's matrix-multiply peak that a training step reaches\n")
     a = torch.randn(2048, 2048)
     best = 2 * 2048**3 / min(race([lambda: a @ a], 15)[0])
-    print(f"peak {best / 1e9:,.0f} GFLOP/s\n\n| width | model | GFLOP/s | share |\n|---|---|---|---|")
+    say(f"peak {best / 1e9:,.0f} GFLOP/s\n\n| width | model | GFLOP/s | share |\n|---|---|---|---|")
     for dim in (128, 256):
         dense = Config(1024, dim, n_layers=4, n_heads=dim // 64, inter_dim=dim * 8 // 3, max_seq_len=128)
         latent = replace(DEEPSEEK, dim=dim, n_heads=dim // 32, inter_dim=2 * dim, moe_inter_dim=dim // 2)
@@ -303,19 +302,25 @@ def peak() -> None:
             tokens = torch.randint(1024, (32, 129))
             taken = race([trainer(model, lambda m=model, t=tokens: cross_entropy(m, t))], 9)[0]
             rate = 32 * 128 * budget.training_flops(config, 128) / statistics.median(taken)
-            print(f"| {dim} | {name} | {rate / 1e9:,.0f} | {rate / best:.2f} |", flush=True)
+            say(f"| {dim} | {name} | {rate / 1e9:,.0f} | {rate / best:.2f} |")
 
 
 PARTS = {"llama": llama, "deepseek": deepseek, "moe": moe, "grpo": grpo, "fp8": fp8, "peak": peak}
 
 
 def main(names: list[str]) -> None:
+    if unknown := [name for name in names if name not in PARTS]:
+        sys.exit(f"there is no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    method(REPORT)  # if the tables have no place there, say so before measuring
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    print(f"float32, {torch.get_num_threads()} threads")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
+    said.clear()
+    say(setting(torch.get_num_threads()))
     for name in names or PARTS:
         PARTS[name]()
+    if not names:
+        write(REPORT, "\n".join(said))
+        print(f"\n{REPORT.name} written")
 
 
 if __name__ == "__main__":

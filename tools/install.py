@@ -98,7 +98,7 @@ def install(extra, torch_index):
     if sys.platform == "linux" and not torch_index and shutil.which("nvidia-smi") is None:
         say(
             "No NVIDIA GPU found. If pip starts to download a CUDA build of torch (gigabytes), "
-            'stop it with Ctrl-C and see "A small torch on Linux" in README.md'
+            'stop it with Ctrl-C and see "A small torch on Linux" in docs/INSTALL.md'
         )
     command = [venv_python(), "-m", "pip", "install", "-e", ".[%s]" % extra, "-c", "constraints.txt"]
     command += ["--extra-index-url", torch_index] if torch_index else []
@@ -119,7 +119,9 @@ def main(arguments=None):
     parser.add_argument("extra", choices=sorted(CONTAINED_IN), nargs="?", default="lab")
     parser.add_argument("--fits", action="store_true", help="exit with 0 if this Python can be used")
     parser.add_argument("--this-python", action="store_true", help="replace a .venv of another Python")
-    parser.add_argument("--torch-index", default="", help="address of PyTorch's CPU wheels, see README.md")
+    parser.add_argument(
+        "--torch-index", default="", help="address of PyTorch's CPU wheels, see docs/INSTALL.md"
+    )
     options = parser.parse_args(arguments)
 
     has_venv = all(importlib.util.find_spec(name) is not None for name in ("venv", "ensurepip"))

@@ -82,48 +82,56 @@ def evidence(n: int | None, seeds: int | None) -> str:
     return ", ".join(parts)
 
 
-def ledger(paths: Iterable[str | Path]) -> str:
-    """All cards stored in executed notebooks, as Markdown: a count by verdict, then a table for each chapter."""
+def ledger(paths: Iterable[str | Path], top: Sequence[str] = ()) -> str:
+    """All cards stored in executed notebooks, as Markdown: how many of each verdict, `top`, a table a chapter."""
     notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(map(Path, paths))]
-    cards = [card for nb in notebooks for card in _cards(nb)]
-    counts = Counter(card["verdict"] for card in cards)
-    count = [(verdict, counts[verdict]) for verdict in (*VERDICTS, MISSED) if counts[verdict]]
     lines = [
         "# Claims",
+        "",
+        count([card for nb in notebooks for card in cards(nb)]),
         "",
         "Collected from the executed notebooks by `python -m tools.claims`, not edited by hand. Intervals are 95%.",
         "*Reproduced*: measured here. *In direction*: the sign holds here, the size does not.",
         "*Not at this scale*: looked for here and not found. *Derived*: arithmetic on published figures.",
-        "",
-        *_table(("verdict", "claims"), [*count, ("all", len(cards))]),
     ]
+    lines += ["", *top] if top else []
     columns = ("claim", "source", "measured", "evidence", "interval", "verdict")
     for nb in notebooks:
-        rows = [[card[column] for column in columns] for card in _cards(nb)]
-        lines += ["", f"## {_title(nb)}", "", *(_table(columns, rows) if rows else ["No claims."])]
+        rows = [[card[column] for column in columns] for card in cards(nb)]
+        lines += ["", f"## {title(nb)}", "", *(table(columns, rows) if rows else ["No claims."])]
     return "\n".join(lines) + "\n"
+
+
+def cards(nb: dict) -> list[dict]:
+    """The cards of an executed notebook; the verdict of one whose measurement did not support it is MISSED."""
+    outputs = [output for cell in nb["cells"] for output in cell.get("outputs", [])]
+    found = [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]
+    return [card if card["holds"] else {**card, "verdict": MISSED} for card in found]
+
+
+def count(cards: Sequence[dict]) -> str:
+    """How many claims there are of each verdict, in a line."""
+    counts = Counter(card["verdict"] for card in cards)
+    each = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (*VERDICTS, MISSED) if counts[verdict])
+    return f"{len(cards)} claim{'s' * (len(cards) != 1)}: {each}." if cards else "No claims."
+
+
+def title(nb: dict) -> str:
+    """The first heading of a notebook."""
+    first = next("".join(cell["source"]) for cell in nb["cells"] if cell["cell_type"] == "markdown")
+    return re.sub(r"^#+\s*", "", first.splitlines()[0])
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """The lines of a Markdown table."""
+    cells = [[str(cell).translate(MARKDOWN) for cell in row] for row in (columns, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
 
 
 def escape(text: str) -> str:
     """Text as HTML; a dollar sign stays one, and does not begin a formula."""
     return html.escape(text).replace("$", "<span>$</span>")
-
-
-def _cards(nb: dict) -> list[dict]:
-    outputs = [output for cell in nb["cells"] for output in cell.get("outputs", [])]
-    cards = [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]
-    return [card if card["holds"] else {**card, "verdict": MISSED} for card in cards]
-
-
-def _title(nb: dict) -> str:
-    first = next("".join(cell["source"]) for cell in nb["cells"] if cell["cell_type"] == "markdown")
-    return re.sub(r"^#+\s*", "", first.splitlines()[0])
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    cells = [[str(cell).translate(MARKDOWN) for cell in row] for row in (columns, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
 
 
 def _details(card: dict) -> str:

@@ -1,4 +1,4 @@
-"""chapters/ and docs/CLAIMS.md are what their tools make of solutions/; the tools do what they say."""
+"""chapters/, docs/CLAIMS.md and docs/images/ are what their tools make of solutions/; the tools do what they say."""
 
 import copy
 
@@ -10,7 +10,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from tests.notebooks.conftest import HERE, read_sample
 from tools import chapters
 from tools.chapters import CHAPTERS, SOLUTIONS, derive, execute, executed, read, tidy
-from tools.claims import LEDGER, collect
+from tools.claims import LEDGER, README, collect, counted
+from tools.pictures import IMAGES, pictures
 
 NAMES = sorted(path.name for path in SOLUTIONS.glob("*.ipynb"))
 
@@ -40,6 +41,23 @@ def test_solution_is_tidy(name):
 
 def test_ledger_is_not_stale():
     assert LEDGER.read_text(encoding="utf-8") == collect(), "run make claims"
+
+
+def test_the_count_of_claims_in_the_readme_is_not_stale():
+    text = README.read_text(encoding="utf-8")
+    assert counted(text, LEDGER.read_text(encoding="utf-8")) == text, "run make claims"
+
+
+def test_pictures_are_not_stale():
+    """Each is the stored figure, small, and stands in README.md with the figure's own text."""
+    found, readme = pictures(), README.read_text(encoding="utf-8")
+    assert sorted(path.name for path in IMAGES.iterdir()) == sorted(found)
+    for name, (data, text) in found.items():
+        assert (IMAGES / name).read_bytes() == data, "run make claims"
+        assert len(data) < 120_000, f"{name} is too large for README.md"
+        assert f'<img src="docs/images/{name}" width="440" alt="{text}">' in readme, (
+            f"README.md: text of {name}"
+        )
 
 
 def test_running_again_gives_the_same_file(solved):

@@ -4,6 +4,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, writes
 
 from mini.lab import claim, claims, ledger
+from tools.chapters import SOLUTIONS
+from tools.claims import STORY, counted, story
 
 
 @pytest.fixture
@@ -117,8 +119,58 @@ def test_ledger_lists_by_chapter_and_counts(shown, tmp_path):
         notebook(tmp_path / "00_a.ipynb", "00 · One"),
     ]
     text = ledger(paths)
-    assert "| derived | 1 |\n| did not hold | 1 |\n| all | 2 |" in text
+    assert text.startswith("# Claims\n\n2 claims: 1 derived, 1 did not hold.\n")
     assert text.index("## 00 · One\n\nNo claims.") < text.index("## 01 · Two")
     assert "| a \\| b, \\$5 | arXiv:2412.19437 §2 | 57.12 | 1 seed |  | derived |" in text
     assert "|  | did not hold |" in text
     assert ledger(reversed(paths)) == text
+
+
+def test_ledger_has_room_for_more_on_top(shown, tmp_path):
+    path = notebook(tmp_path / "00_a.ipynb", "00 · One", card(shown)[claims.MIME])
+    text = ledger([path], ["## The story", "", "told"])
+    assert text.index("1 claim: 1 derived.") < text.index("\n\n## The story\n\ntold\n\n## 00 · One\n")
+
+
+# --- the public story
+
+
+@pytest.fixture
+def two(shown, tmp_path):
+    """A notebook with a claim that holds and one that does not."""
+    good = card(shown, interval=(1, 2))[claims.MIME] | {"claim": "57 of a kind"}
+    bad = card(shown, holds=False)[claims.MIME] | {"claim": "57 others"}
+    return notebook(tmp_path / "03_a.ipynb", "03 · Attention", good, bad)
+
+
+def test_story_takes_verdicts_and_numbers_from_the_cards(two):
+    lines = story([two], {"It is | small": [("03", "of a kind"), ("03", "others")]})
+    link = "[03 · Attention](../chapters/03_a.ipynb)"
+    assert lines[-2] == rf"| **It is \| small** | {link} | derived | 57 of a kind | 57.12; 95%: 1 to 2 |"
+    assert lines[-1] == f"|  | {link} | did not hold | 57 others | 57.12 |"
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (("03", "a third"), "'It is small': 0 claims of chapter 03 contain 'a third'"),
+        (("03", "57"), "2 claims of chapter 03 contain '57'"),
+        (("04", "of a kind"), "0 claims of chapter 04"),
+    ],
+)
+def test_story_names_what_it_does_not_find(two, place, words):
+    with pytest.raises(ValueError, match=words):
+        story([two], {"It is small": [place]})
+
+
+@pytest.mark.parametrize("said", STORY)
+def test_each_row_of_the_story_points_to_claims_of_the_course(said):
+    assert STORY[said]
+    story(sorted(SOLUTIONS.glob("*.ipynb")), {said: STORY[said]})
+
+
+def test_the_readme_says_how_many():
+    claims = "# Claims\n\n3 claims: 3 derived.\n\nrest\n"
+    assert counted("a\n\n1 claim: 1 derived.\n\nb\n", claims) == "a\n\n3 claims: 3 derived.\n\nb\n"
+    with pytest.raises(ValueError, match="0 lines"):
+        counted("nothing\n", claims)

@@ -419,11 +419,11 @@ def test_a_forbidden_import_is_found(tmp_path, module, line):
     assert "BROKEN" in answer.stdout
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/INSTALL.md"])
 def test_documents_name_what_is_there(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert (ROOT / target).exists(), f"{name} points at {target}"
+        assert ((ROOT / name).parent / target).exists(), f"{name} points at {target}"
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     for target in re.findall(r"`make ([a-z]+)", text) + re.findall(r"^make ([a-z]+)", text, re.M):
         assert target in targets, f"{name} names make {target}"
@@ -447,3 +447,25 @@ def test_the_map_of_chapters_is_true():
             f"README.md: {read} minutes to read chapter {number}"
         )
         assert run_, f"README.md says nothing of the minutes that chapter {number} runs"
+
+
+def test_symbols_stand_in_the_chapters_that_the_notation_names():
+    """Each symbol of docs/NOTATION.md occurs in a formula of the chapter that is said to use it first."""
+
+    def plain(formula: str) -> str:
+        return re.sub(r"\s|\\[,;!]|[{}]", "", formula)
+
+    formulas: dict[str, str] = {}
+    for path in (ROOT / "solutions").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        found = re.findall(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)(?<!\\)\$", text, re.S)
+        formulas[path.name[:2]] = " ".join(plain(block or inline) for block, inline in found)
+    text = (ROOT / "docs" / "NOTATION.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\$.*?) \| .* \| (\d\d) \|$", text, re.M)
+    assert len(rows) > 100
+    for symbols, chapter in rows:
+        for symbol in re.findall(r"\$(.+?)\$", symbols):
+            assert plain(symbol) in formulas[chapter], (
+                f"docs/NOTATION.md: {symbol} is not in chapter {chapter}"
+            )
