@@ -58,6 +58,7 @@ STORY: dict[str, list[tuple[str, str]]] = {
     "For a small model, distilling beats reinforcement learning": [
         ("08", "R1's texts were worth more"),
         ("10", "gets further by distillation"),
+        ("15", "beats reinforcement learning on the small one"),
     ],
     "Reinforcement learning alone makes a model think longer": [
         ("10", "Responses grow longer"),

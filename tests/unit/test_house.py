@@ -361,7 +361,10 @@ def test_every_stage_runs_and_any_failure_counts(monkeypatch, capsys):
 
     monkeypatch.setattr(run.subprocess, "run", pytest_run)
     assert run.main([]) == 1
-    assert called == ["tests/unit", "solutions", "chapters", "tests/browser"]
+    assert called == ["tests/unit", run.SOLUTIONS[0], "chapters", "tests/browser"]
+    assert sorted(run.SOLUTIONS) == sorted(
+        f"solutions/{path.name}" for path in (ROOT / "solutions").glob("*.ipynb")
+    )
     assert re.findall(r"passed|FAILED|found no test", capsys.readouterr().out) == [
         "passed",
         "FAILED",
