@@ -154,7 +154,7 @@ WORDS = [
     *TAGS,
 ]
 NEW_TOKENS = 160  # the longest search takes 117; one that lost its way may go round again
-FORM = re.compile(r"<think> [^<>]*</think> <answer> a(.) b(.) c(.) </answer> <eos>")
+FORM = re.compile(r"<think> [^<>]*</think> <answer> a([-+*]) b([-+*]) c([-+*]) </answer> <eos>")
 
 
 def values(prompt: str, path: Sequence[str]) -> list[int]:

@@ -5,12 +5,27 @@ import zlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mini import tasks
 from mini.model import Transformer
-from mini.tasks import PATHS, Marks, Task, answers, document, puzzles, read, search, sheet, values, verify
+from mini.tasks import (
+    OPERATORS,
+    PATHS,
+    TAGS,
+    WORDS,
+    Marks,
+    Task,
+    answers,
+    document,
+    puzzles,
+    read,
+    search,
+    sheet,
+    values,
+    verify,
+)
 
 PROMPT = (
     "6 a1 b1 c7 =7"  # 6 - 1 - 1 - 7 = -3, whose last digit on the clock of ten is 7; nothing else gives 7
@@ -51,6 +66,10 @@ def test_train_and_held_out_are_disjoint_by_hash_and_all_there_is():
         (RIGHT.removesuffix(" <eos>"), Marks(0.0, 0.0)),
         (RIGHT.removeprefix("<think> "), Marks(0.0, 0.0)),
         (RIGHT.replace("c- <", "<"), Marks(0.0, 0.0)),
+        (
+            RIGHT.replace("a- b- c- <", "a5 b- c- <"),
+            Marks(0.0, 0.0),
+        ),  # a word of prompts where an operator belongs
         (RIGHT.replace("ok", "<think>"), Marks(0.0, 0.0)),
         ("no " + RIGHT, Marks(0.0, 0.0)),
         ("", Marks(0.0, 0.0)),
@@ -58,6 +77,19 @@ def test_train_and_held_out_are_disjoint_by_hash_and_all_there_is():
 )
 def test_the_verifier_by_hand(response, marks):
     assert verify(PROMPT, response) == marks
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_nothing_that_a_model_can_write_stops_the_verifier_or_the_reader(data):
+    words = st.sampled_from(WORDS)
+    think = data.draw(st.lists(words, max_size=12))
+    gaps = data.draw(st.tuples(*(st.sampled_from([w for w in WORDS if w[0] == gap]) for gap in "abc")))
+    response = " ".join(("<think>", *think, "</think>", "<answer>", *gaps, "</answer>", "<eos>"))
+    marks = verify(PROMPT, response)
+    plain = not set(think) & set(TAGS)
+    assert marks.format == float(plain and all(word[1] in OPERATORS for word in gaps))
+    read(PROMPT, response)
 
 
 def test_a_search_shares_what_it_can_and_tries_every_path_once():
