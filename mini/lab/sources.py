@@ -16,14 +16,16 @@ from torch import Tensor
 def sources(run: Callable) -> list[str]:
     """The text of `run`, of the functions and values that it uses of its own module, and of the modules of `mini`.
 
-    A module counts whole, with all modules of `mini` that it imports; other libraries are left out. Raises ValueError
-    for a tensor or a class of the notebook, whose content a text would not show.
+    A module counts whole, with all modules of `mini` that it imports; `mini.lab` and other libraries are left out.
+    Raises ValueError for a tensor or a class of the notebook, whose content a text would not show.
     """
     found: dict[str, str] = {}
 
     def add(name: str, value: object) -> None:
         kind = value if inspect.ismodule(value) or callable(value) else type(value)
         module = kind.__name__ if inspect.ismodule(kind) else getattr(kind, "__module__", None) or ""
+        if module.startswith("mini.lab") and module != run.__module__:
+            return  # the classroom: what keeps and shows results does not change them
         if module.startswith("mini.") and module != run.__module__:
             found.update((name, text(name)) for name in imported(module))
         if name in found or inspect.ismodule(value):
@@ -39,12 +41,27 @@ def sources(run: Callable) -> list[str]:
                 raise ValueError(
                     f"{run.__name__} uses {name}, a class of the notebook; use functions, or a class of mini"
                 )
-            found[name] = inspect.getsource(value)
+            found[name] = written(value)
             for key in sorted(globals_read(value.__code__) & value.__globals__.keys()):
                 add(key, value.__globals__[key])
 
     add(run.__qualname__, run)
     return [f"{name}: {text}" for name, text in sorted(found.items())]
+
+
+def written(function: Callable) -> str:
+    """The text of a function; its compiled form in a process of `study`, which has no text of the notebook's cells."""
+    try:
+        return inspect.getsource(function)
+    except OSError:
+        return compiled(function.__code__)
+
+
+def compiled(code: CodeType) -> str:
+    """What a function does, the same in every process (the order of a set is not)."""
+    parts = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in code.co_consts]
+    parts = [compiled(part) if isinstance(part, CodeType) else repr(part) for part in parts]
+    return " ".join((code.co_code.hex(), *code.co_names, *parts))
 
 
 def globals_read(code: CodeType) -> set[str]:

@@ -133,6 +133,10 @@ def uses_a_module(x):
     return {"y": attention.attend(x, x, x)}
 
 
+def uses_the_classroom(x):
+    return {"y": study("inner", run, [])}
+
+
 def uses_a_value(x):
     return {"y": LANGUAGE_MODEL.dim}
 
@@ -143,9 +147,29 @@ def test_a_module_of_mini_counts_with_what_it_imports():
         assert not any(line.startswith("mini.model") for line in sources(function))
     names = [line.split(":")[0] for line in sources(uses_a_value)]
     assert {"LANGUAGE_MODEL", "mini.model", "mini.attention", "mini.moe"} <= set(names)
-    assert imported("mini.moe") == {"mini.moe"}
+    assert imported("mini.attention") == {"mini.attention"}
+    assert imported("mini.moe") == {"mini.attention", "mini.moe"}
     assert {"mini.reward", "mini.grpo", "mini.parallel"} <= imported("mini.spct")
     assert "mini.audit" not in imported("mini.spct")
+
+
+def test_a_function_without_a_text_counts_by_what_it_does():
+    """Functions of a notebook, in a process of `study`."""
+
+    def made(source):
+        names = {"__name__": "cells"}
+        exec(source, names)
+        return sources(names["run"])
+
+    first = made("def run(x):\n    return {'y': [x * i for i in range(3)]}")
+    assert first == made("def run(x):\n    return {'y': [x * i for i in range(3)]}  # the same")
+    assert first != made("def run(x):\n    return {'y': [x + i for i in range(3)]}")
+    assert first != made("def run(x):\n    return {'y': [x * i for i in range(4)]}")
+    assert "0x" not in "".join(first)
+
+
+def test_the_classroom_does_not_count():
+    assert not any(line.startswith("mini.lab") for line in sources(uses_the_classroom))
 
 
 def test_line_ends_do_not_count(tmp_path, monkeypatch):
