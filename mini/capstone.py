@@ -14,12 +14,14 @@ The answers, queries and judgements are those of chapters 12 to 14 (`mini.reward
 
 import argparse
 import copy
+import math
 import random
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -54,7 +56,7 @@ from mini.reward import (
     value,
     write,
 )
-from mini.train import Settings, add_options, from_options, load, save, train
+from mini.train import Settings, add_options, from_options, load, run_program, save, train
 
 V3_MINI = Config(
     vocab_size=len(WORDS),
@@ -157,6 +159,12 @@ def pack(documents: Sequence[Sequence[int]], length: int) -> Int[Tensor, "n leng
     return torch.tensor(rows)
 
 
+@lru_cache(maxsize=1)
+def reading(seed: int, length: int) -> Int[Tensor, "n length"]:
+    """The base's documents, packed; plans that are compared read the same ones."""
+    return pack(documents(DOCUMENTS, seed), length)
+
+
 def pretrained(
     plan: Plan, config: Config, batch: int = BATCH, **options
 ) -> tuple[nn.Module, list[dict[str, float]]]:
@@ -168,7 +176,7 @@ def pretrained(
         to_fp8(net)
     loss = mtp_loss() if plan.mtp else cross_entropy
     loss = balanced(loss) if config.n_routed_experts else loss
-    rows = pack(documents(DOCUMENTS, plan.seed), config.max_seq_len + 1)
+    rows = reading(plan.seed, config.max_seq_len + 1)
     settings = Settings(steps=plan.base_steps, decay=0.6)
     return net, train(net, deal(rows, batch, plan.seed), settings, loss=loss, **options)
 
@@ -209,9 +217,8 @@ def both(grm: Transformer, k: int = 2) -> Opinion:
     """A true sum is worth 1, and the judge's mean mark of k a tenth of it: no mark makes up for a false sum."""
 
     def opinion(queries: Sequence[Query], answers: Sequence[Answer]) -> list[float]:
-        seed = zlib.crc32(
-            repr((queries, answers)).encode()
-        )  # so that a resumed run hears the same judgements
+        # from what is judged, so that a resumed run hears the same judgements
+        seed = zlib.crc32(repr((queries, answers)).encode())
         said = opinion_of(generative("judge", grm), k, seed)(queries, answers)
         return [true + mark / 10 for true, mark in zip(true_sums(queries, answers), said, strict=True)]
 
@@ -221,14 +228,17 @@ def both(grm: Transformer, k: int = 2) -> Opinion:
 def texts_of(model: Transformer, n: int, seed: int) -> Int[Tensor, "n t"]:
     """n answers of the model to queries of its own, two to each; the few that are no answers are left out."""
     rng, g = random.Random(f"texts {seed}"), torch.Generator().manual_seed(seed)
-    queries = [draw_query(rng) for _ in range(n // 2)]
-    drawn = [
-        found
-        for part in range(0, len(queries), 500)
-        for found in write(model, queries[part : part + 500], 2, generator=g)
-    ]
-    pairs = [(query, answer) for query, own in zip(queries, drawn, strict=True) for answer in own]
+    pairs = answered(model, [draw_query(rng) for _ in range(n // 2)], 2, g)
     return stack([text(query, answer) for query, answer in pairs if is_answer(answer)])
+
+
+def answered(
+    model: Transformer, queries: Sequence[Query], each: int, generator: torch.Generator
+) -> list[tuple[Query, Answer]]:
+    """Each query with each of its answers, drawn for 500 queries at a time."""
+    parts = [queries[i : i + 500] for i in range(0, len(queries), 500)]
+    drawn = [own for part in parts for own in write(model, part, each, generator=generator)]
+    return [(query, answer) for query, own in zip(queries, drawn, strict=True) for answer in own]
 
 
 def imitator(
@@ -337,9 +347,7 @@ def mtp_flops(c: Config) -> float:
 def writing(model: Transformer, n: int = 200, seed: int = 0, each: int = 2) -> dict[str, float]:
     """The answers to n held-out queries: shares that are answers and that meet each criterion, value, words."""
     rng, g = random.Random(f"writing {seed}"), torch.Generator().manual_seed(seed)
-    queries = [draw_query(rng, held_out=True) for _ in range(n)]
-    drawn = write(model, queries, each, generator=g)
-    pairs = [(query, answer) for query, own in zip(queries, drawn, strict=True) for answer in own]
+    pairs = answered(model, [draw_query(rng, held_out=True) for _ in range(n)], each, g)
     met = (
         torch.tensor([facts(*pair) if is_answer(pair[1]) else (False,) * 5 for pair in pairs])
         .float()
@@ -364,7 +372,7 @@ def judging(model: Transformer, n: int = 100, k: int = 16, seed: int = 0) -> dic
 def bits(model: Transformer, n: int = 400) -> float:
     """Bits a word of held-out documents."""
     rows = pack(documents(n, seed=0, held_out=True), V3_MINI.max_seq_len + 1)
-    return surprise(model(rows[:, :-1]), rows[:, 1:]).mean().item() / 0.6931471805599453
+    return surprise(model(rows[:, :-1]), rows[:, 1:]).mean().item() / math.log(2)
 
 
 class Folder:
@@ -422,22 +430,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_options(parser, Plan())
     options = parser.parse_args(arguments)
-    try:
-        with parallel.processes():
-            report(Folder(options.folder, from_options(Plan, options)), options.until)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(error, file=sys.stderr)
-    except KeyboardInterrupt as error:
-        print(error, file=sys.stderr)
-    except RuntimeError as error:
-        if not parallel.lost_another(error):
-            raise
-        print(
-            f"lost another process ({str(error).splitlines()[0]}); the same command goes on", file=sys.stderr
-        )
-    else:
-        return 0
-    return 1
+    return run_program(
+        lambda _: report(Folder(options.folder, from_options(Plan, options)), options.until),
+        f"The same command goes on from {options.folder}",
+    )
 
 
 def report(line: Folder, until: str) -> None:

@@ -382,10 +382,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.shard:
         options.matrix_lr = 0.0
+    return run_program(
+        lambda device: train_language_model(options, device),
+        f"The run was saved every save_every={options.save_every} steps; the same command goes on from "
+        f"{options.checkpoint}",
+    )
+
+
+def run_program(run: Callable[[torch.device], None], after_a_loss: str) -> int:
+    """`run(device)` in each process; 0, or 1 with a sentence on stderr. `after_a_loss`: what to do if one is lost."""
     rank = os.environ.get("RANK", "0")  # torchrun's; by the time of an error the processes have parted
     try:
         with parallel.processes() as device:
-            train_language_model(options, device)
+            run(device)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"process {rank}: {error}", file=sys.stderr)
     except KeyboardInterrupt as error:
@@ -394,9 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not parallel.lost_another(error):
             raise
         print(
-            f"process {rank} stops, for it lost another one ({str(error).splitlines()[0]}). "
-            f"The run was saved every save_every={options.save_every} steps; the same command goes on from "
-            f"{options.checkpoint}",
+            f"process {rank} stops, for it lost another one ({str(error).splitlines()[0]}). {after_a_loss}",
             file=sys.stderr,
         )
     else:

@@ -50,7 +50,7 @@ def test_packed_rows_are_full_and_begin_with_a_document(documents, length):
         return
     rows = pack(documents, length).tolist()
     assert all(len(row) == length for row in rows)
-    starts = [(d * 1)[: min(len(d), length)] for d in documents]
+    starts = [d[:length] for d in documents]
     assert all(any(row[: len(start)] == start for start in starts) for row in rows)
 
 
