@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CORES = os.cpu_count() or 1
 IN_PAIRS = [f"-n{min(CORES, 2)}", "--dist=loadfile"]
 HALF = {"OMP_NUM_THREADS": str(max(1, CORES // 2))}
+# nbval reads what a cell says only when the cell has ended, and ZeroMQ keeps a thousand messages for it: a progress bar
+# at tqdm's ten updates a second fills that in a minute, and the message that the cell is done is then lost.
+HALF["TQDM_MININTERVAL"] = "5"
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200"]
 NBVAL += ["--nbval-sanitize-with=tests/nbval_sanitize.cfg"]
 # The dearest notebooks first, so that none is left to run alone at the end; and those that take models over from

@@ -1,6 +1,5 @@
 """The classroom: exercises, claims, figures, controls. Recipes of trained models are in `mini.lab.recipes`."""
 
-from mini.data import shakespeare
 from mini.lab.check import CheckFailed, agree, check, progress
 from mini.lab.claims import claim, ledger
 from mini.lab.figures import PALETTE, mean_interval, show
@@ -21,7 +20,6 @@ __all__ = [
     "predict",
     "progress",
     "recall",
-    "shakespeare",
     "show",
     "study",
 ]

@@ -10,7 +10,6 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 from tqdm.auto import tqdm
 
-from mini.data import shakespeare  # noqa: F401 (notebooks take both from here)
 from mini.lab.recipes import Made, remember
 from mini.lab.sources import sources
 from mini.train import load, save
