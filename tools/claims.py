@@ -49,7 +49,7 @@ STORY: dict[str, list[tuple[str, str]]] = {
     ],
     "The cut interconnect was the constraint": [
         ("07", "The cut interconnect was the constraint"),
-        ("07", "It would have been, with tensor parallelism"),
+        ("07", "With tensor parallelism, which V3 avoids"),
     ],
     "Mixture-of-experts models stand synthetic data better than dense ones": [
         ("09", "T = 1, equal active parameters"),
