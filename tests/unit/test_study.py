@@ -197,7 +197,7 @@ print([row["y"] for row in study("slow", run, [dict(x=x) for x in range(6)])])
 
 def test_an_interrupt_ends_the_workers_and_keeps_the_rows(home):
     (home / "slow.py").write_text(SLOW)
-    env = {**os.environ, "MINI_HOME": str(home)}
+    env = {**os.environ, "MINI_HOME": str(home), "PYTHONFAULTHANDLER": "1"}
 
     def start(seconds):
         command = [sys.executable, str(home / "slow.py"), str(seconds)]
@@ -218,7 +218,11 @@ def test_an_interrupt_ends_the_workers_and_keeps_the_rows(home):
     while len(calls()) < 4 and time.monotonic() < limit:  # two are done, two sleep
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as Jupyter's stop button does
-    _, error = process.communicate(timeout=60)
+    try:
+        _, error = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # each process then says where its threads stand
+        pytest.fail(f"still running 60 s after the interrupt\n{process.communicate()[1]}")
     assert process.returncode != 0
     assert "KeyboardInterrupt" in error
     limit = time.monotonic() + 30
