@@ -119,8 +119,8 @@ def _control(name: str, value: Any) -> ipywidgets.ValueWidget:
             f"{name}={value!r} is no control; give an ipywidget, (low, high, step), a list, a bool or a string"
         )
     widget.description = widget.description or name.replace("_", " ")
-    widget.style.description_width = "14em"
-    widget.layout.width = widget.layout.width or "38em"
+    widget.style.description_width = "17em"
+    widget.layout.width = widget.layout.width or "41em"
     return widget
 
 
