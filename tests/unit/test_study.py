@@ -208,6 +208,8 @@ def test_an_interrupt_ends_the_workers_and_keeps_the_rows(home):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # a shell starts what stands before `&` with SIGINT ignored, and all that is started from it inherits that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def calls():
