@@ -158,7 +158,8 @@ def test_a_function_without_a_text_counts_by_what_it_does():
 
     def made(source):
         names = {"__name__": "cells"}
-        exec(compile(source, "cell of a notebook", "exec"), names)  # from 3.13 on, <string> means the text of python -c
+        # under another name than exec's own <string>, which from 3.13 on stands for the text of `python -c`
+        exec(compile(source, "a notebook's cell", "exec"), names)
         return sources(names["run"])
 
     first = made("def run(x):\n    return {'y': [x * i for i in range(3)]}")
