@@ -24,7 +24,7 @@ IN_PAIRS = [f"-n{min(CORES, 2)}", "--dist=loadfile"]
 HALF = {"OMP_NUM_THREADS": str(max(1, CORES // 2))}
 # nbval reads what a cell says only when the cell has ended, and ZeroMQ keeps a thousand messages for it: a progress bar
 # at tqdm's ten updates a second fills that in a minute, and the message that the cell is done is then lost.
-HALF["TQDM_MININTERVAL"] = "5"
+PACED = {**HALF, "TQDM_MININTERVAL": "5"}
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200"]
 NBVAL += ["--nbval-sanitize-with=tests/nbval_sanitize.cfg"]
 # The dearest notebooks first, so that none is left to run alone at the end; and those that take models over from
@@ -40,8 +40,8 @@ STAGES: dict[str, tuple[list[str], dict[str, str]]] = {
         ["tests/unit", "tests/parity", "tests/notebooks", f"-n{min(CORES, 8)}", "--dist=loadfile"],
         {"OMP_NUM_THREADS": "1"},
     ),
-    "solutions": ([*SOLUTIONS, *NBVAL, *IN_PAIRS, "--no-loadscope-reorder"], {"MINI_STRICT": "1", **HALF}),
-    "chapters": (["chapters", *NBVAL, *IN_PAIRS], HALF),
+    "solutions": ([*SOLUTIONS, *NBVAL, *IN_PAIRS, "--no-loadscope-reorder"], {"MINI_STRICT": "1", **PACED}),
+    "chapters": (["chapters", *NBVAL, *IN_PAIRS], PACED),
     "browser": (["tests/browser", IN_PAIRS[0]], HALF),
 }
 

@@ -180,7 +180,8 @@ def test_line_ends_do_not_count(tmp_path, monkeypatch):
 
 
 SLOW = """
-import os, sys, time, torch
+import os, signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without
 from mini import attention
 from mini.attention import attend
 from mini.lab import study
@@ -209,8 +210,6 @@ def test_an_interrupt_ends_the_workers_and_keeps_the_rows(home):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # a shell starts what stands before `&` with SIGINT ignored, and all that is started from it inherits that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def calls():
