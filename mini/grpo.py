@@ -16,7 +16,7 @@ Shapes: n answers, those of one prompt next to one another; t tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -83,6 +83,14 @@ class Settings:
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r}; use one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Run(Training):
+    """How to step, with what else a run that goes on must have in common with the one that was interrupted."""
+
+    objective: Settings = Settings()
+    seed: int = 0
 
 
 def advantages(rewards: Float[Tensor, "prompts group"], scale: bool = True) -> Float[Tensor, "prompts group"]:
@@ -295,7 +303,7 @@ def grpo(
     Under torchrun (chapter 07) each process draws the answers to its share of the prompts, and all learn from all.
 
     With `checkpoint`, a run that was interrupted and is called again repeats the unbroken one bit for bit, also from
-    between two updates on the same rollout, which is saved with the model.
+    between two updates on the same rollout, which is saved with the model. ValueError if it was another run's.
 
     Columns, of the rollout: reward, its mean; length of the answers, in tokens; ended, the share of answers that found
     their end; silent, the share of groups with equal rewards, which teach nothing; kl from the reference, in nats a
@@ -366,5 +374,6 @@ def grpo(
             row |= evaluate(model)
         return row
 
-    every = replace(training, eval_every=1)  # each update has the columns above
-    return train(policy, batch, every, loss=loss, evaluate=columns, checkpoint=checkpoint, progress=progress)
+    # each update has the columns above
+    run = Run(**{**vars(training), "eval_every": 1}, objective=settings, seed=seed)
+    return train(policy, batch, run, loss=loss, evaluate=columns, checkpoint=checkpoint, progress=progress)

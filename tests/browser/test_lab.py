@@ -1,6 +1,7 @@
 """A real JupyterLab, started as `make lab` starts it, driven through a real Chromium as a learner would.
 
-Skipped where Chromium is not there, unless MINI_BROWSER=required. Screenshots land in tests/artifacts/browser.
+Skipped where Chromium is not there, unless MINI_BROWSER=required. Screenshots land in tests/artifacts/browser: of each
+chapter as it opens and as the test ends, and with MINI_SCREENSHOTS=1 of all of it.
 """
 
 import json
@@ -153,14 +154,16 @@ def diagnosis(page: Page) -> str:
     return "\n".join([*lines, "", "the end of the server's log:", *log])
 
 
-def photograph(page: Page, name: str, at_most: int = 40) -> None:
-    """One screenshot a screenful, top to bottom."""
+def scroll_through(page: Page, chapter: str, at_most: int = 40) -> None:
+    """Show every screenful, top to bottom, and keep it if MINI_SCREENSHOTS=1."""
     scroller = page.locator(".jp-Notebook .jp-WindowedPanel-outer")
     height = scroller.evaluate("element => element.clientHeight")
+    keep = os.environ.get("MINI_SCREENSHOTS") == "1"
     for number in range(at_most):
         scroller.evaluate(f"element => element.scrollTo(0, {number * height})")
-        page.wait_for_timeout(250)
-        page.screenshot(path=ARTIFACTS / f"{name}-{number:02d}.png")
+        page.wait_for_timeout(250 if keep else 50)
+        if keep:
+            page.screenshot(path=ARTIFACTS / f"{chapter}-{number:02d}.png")
         if scroller.evaluate(
             "element => element.scrollTop + element.clientHeight >= element.scrollHeight - 2"
         ):
@@ -204,7 +207,7 @@ def test_a_chapter_runs_in_the_browser(chapter, page, lab, outside):
     page.get_by_text("| Idle").wait_for(timeout=60_000)  # the kernel, in the status bar
     page.screenshot(path=ARTIFACTS / f"{chapter}-opened.png")
     run_all(page, seconds=300)
-    photograph(page, chapter)
+    scroll_through(page, chapter)
 
     notebook = page.locator(".jp-Notebook")
     # Lab 4.6 gives an error the type of standard error, where progress bars and warnings may write, too

@@ -452,6 +452,23 @@ def test_a_resumed_run_repeats_itself_from_between_two_updates_too(tmp_path, sto
         }
 
 
+@pytest.mark.parametrize(
+    ("other", "name"), [({"beta": 0.1}, "objective"), ({"epsilon": 0.1}, "objective"), ({}, "seed")]
+)
+def test_a_run_does_not_go_on_under_another_objective_or_seed(tmp_path, other, name):
+    start, path = random_model(), tmp_path / "run.safetensors"
+    run(copy.deepcopy(start), SHORT, replace(PLAN, steps=2), checkpoint=path)
+    with pytest.raises(ValueError, match=f"was saved with {name}="):
+        run(
+            start,
+            replace(SHORT, **other),
+            replace(PLAN, steps=2),
+            reference=start,
+            checkpoint=path,
+            seed=0 if other else 1,
+        )
+
+
 def test_minibatches_together_are_the_rollout(monkeypatch):
     """In each epoch every answer is learned from once, in another order."""
     seen = []
