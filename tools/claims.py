@@ -36,7 +36,7 @@ STORY: dict[str, list[tuple[str, str]]] = {
         ("04", "the better use of training time"),
     ],
     "Balance of experts needs no auxiliary loss": [
-        ("04", "a router sends nearly everything to few experts"),
+        ("04", "a router sends most tokens to one and the same expert"),
         ("04", "Balancing each sequence costs quality"),
     ],
     "Multi-token prediction makes decoding 1.8 times as fast": [

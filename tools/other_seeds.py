@@ -94,10 +94,10 @@ def report() -> str:
         "# The cards at other seeds",
         "",
         "The chapters run once more from nothing, with every seed shifted: `python -m tools.other_seeds`.",
-        "Brackets: 95% intervals over the seeds of a run. What became of those that flipped: [RERUNS.md](RERUNS.md).",
+        "Brackets: 95% intervals over seeds; in chapters 11 and 13 over questions, leaving out how trainings differ.",
         "",
-        f"{whole} cards, {kept} with the same verdict. The {changed} cards below measured something else than in the",
-        "stored run; the others are arithmetic, or came out the same to the last digit shown.",
+        f"{whole} cards, {kept} with the same verdict, now that some were changed: see [RERUNS.md](RERUNS.md).",
+        f"The {changed} below measured something else than in the stored run; the others came out the same.",
     ]
     return "\n".join([*head, *sections]) + "\n"
 

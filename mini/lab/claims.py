@@ -90,7 +90,8 @@ def ledger(paths: Iterable[str | Path], top: Sequence[str] = ()) -> str:
         "",
         count([card for nb in notebooks for card in cards(nb)]),
         "",
-        "Collected from the executed notebooks by `python -m tools.claims`, not edited by hand. Intervals are 95%.",
+        "Collected from the executed notebooks by `python -m tools.claims`, not edited by hand. Intervals are 95%:",
+        "over seeds where several are given; in chapters 11 and 13 over questions, leaving out how trainings differ.",
         "*Reproduced*: measured here. *In direction*: the sign holds here, the size does not.",
         "*Not at this scale*: looked for here and not found. *Derived*: arithmetic on published figures.",
     ]

@@ -56,7 +56,7 @@ def test_a_verdict_that_flips_is_told(one_chapter):
     other = nbformat.read(one_chapter / "KEPT" / "00_one.ipynb", as_version=4)
     assert [card["holds"] for card in cards(other)] == [False, True]
     text = other_seeds.report()
-    assert "2 cards, 1 with the same verdict. The 1 cards below" in text
+    assert "2 cards, 1 with the same verdict" in text
     assert "| A draw is large | 0.8444 |" in text
     assert "**reproduced; at other seeds: did not hold**" in text
     assert "Two is even" not in text

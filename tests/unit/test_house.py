@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 
 import pytest
@@ -307,6 +307,14 @@ def test_constraints_hold_each_dependency_in_its_range(line):
         assert requirement.extras <= set(EXTRAS)
     else:
         assert PINS[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_what_is_pinned_can_be_had_by_the_first_python_3_11():
+    """Debian's is 3.11.2: pip does not see a version that wants a later one."""
+    pinned = [d for d in distributions() if PINS.get(canonicalize_name(d.metadata["Name"])) == d.version]
+    needs = {f"{d.metadata['Name']} {d.version}": d.metadata.get("Requires-Python") or "" for d in pinned}
+    assert len(needs) > 100
+    assert [name for name, python in needs.items() if not SpecifierSet(python).contains("3.11.0")] == []
 
 
 def test_constraints_hold_what_the_dependencies_need_in_turn():
