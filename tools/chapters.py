@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
@@ -80,15 +81,15 @@ def digest(nb: NotebookNode) -> str:
     return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def execute(nb: NotebookNode, folder: Path, strict: bool) -> NotebookNode:
-    """Run a tidy notebook from the top in a kernel of its own; raises CellExecutionError."""
+def execute(nb: NotebookNode, folder: Path, strict: bool, **options: Any) -> NotebookNode:
+    """Run a tidy notebook from the top in a kernel of its own; raises CellExecutionError. `options`: the client's."""
     with (
         tempfile.TemporaryDirectory() as predictions
     ):  # a maintainer's own predictions do not belong in the file
         env = {**os.environ, "MINI_STRICT": "1" if strict else "", "MINI_PREDICTIONS": predictions}
         client = NotebookClient(
             nb,
-            timeout=600,
+            **{"timeout": 600, **options},
             kernel_name="python3",
             resources={"metadata": {"path": str(folder)}},
             record_timing=False,
