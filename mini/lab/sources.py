@@ -16,7 +16,8 @@ from torch import Tensor
 def sources(run: Callable) -> list[str]:
     """The text of `run`, of the functions and values that it uses of its own module, and of the modules of `mini`.
 
-    A module counts whole, with all modules of `mini` that it imports; `mini.lab` and other libraries are left out.
+    A module counts whole, but for comments and docstrings, with all modules of `mini` that it imports; `mini.lab` and
+    other libraries are left out.
     Raises ValueError for a tensor or a class of the notebook, whose content a text would not show.
     """
     found: dict[str, str] = {}
@@ -70,9 +71,15 @@ def globals_read(code: CodeType) -> set[str]:
     return names.union(*(globals_read(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
+@functools.cache
 def text(module: str) -> str:
-    """The source of a module, with the same line ends everywhere."""
-    return Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    """The source of a module without what does not change a result: comments, docstrings, layout."""
+    tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_bytes())
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 @functools.cache

@@ -173,10 +173,18 @@ def test_the_classroom_does_not_count():
     assert not any(line.startswith("mini.lab") for line in sources(uses_the_classroom))
 
 
-def test_line_ends_do_not_count(tmp_path, monkeypatch):
-    (tmp_path / "windows.py").write_bytes(b"a = 1\r\nb = 2\r\n")
+PLAIN = 'class A:\n    """Some words."""\n\n\ndef f(x):\n    """What f does."""\n    return x + "a"  # why\n'
+
+
+def test_comments_docstrings_and_layout_do_not_count(tmp_path, monkeypatch):
+    other = PLAIN.replace("Some words", "Others").replace("What f does", "It adds").replace("  # why", "")
+    variants = dict(plain=PLAIN, other=f'"""A module."""\n{other}', windows=PLAIN.replace("\n", "\r\n"))
+    variants["changed"] = PLAIN.replace('+ "a"', '+ "b"')
     monkeypatch.syspath_prepend(tmp_path)
-    assert text("windows") == "a = 1\nb = 2\n"
+    for name, source in variants.items():
+        (tmp_path / f"variant_{name}.py").write_bytes(source.encode())
+    found = {name: text(f"variant_{name}") for name in variants}
+    assert found["plain"] == found["other"] == found["windows"] != found["changed"]
 
 
 SLOW = """
