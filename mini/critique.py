@@ -262,9 +262,8 @@ def judge_fast(
     )
     texts = sorted(wanted, key=lambda text: len(text[2]))  # rows of about the same length read few fillers
     drawn: dict[Text, list[tuple[str, ...]]] = {text: [] for text in texts}
-    broken: dict[
-        int, list[tuple[Text, list[int]]]
-    ] = {}  # drafts that were left, by how many tokens may follow
+    # drafts that were left, by how many tokens may follow
+    broken: dict[int, list[tuple[Text, list[int]]]] = {}
     for start in range(0, len(texts), 128):
         part = texts[start : start + 128]
         followed = follow(model, part, [wanted[text] for text in part], generator)
@@ -279,10 +278,8 @@ def judge_fast(
         ends = sample(model, prompts, left, end=END, generator=generator).tokens.tolist()
         for (text, tokens), end in zip(rows, ends, strict=True):
             drawn[text].append(tuple(decode(tokens + end)))
-    for (
-        text,
-        found,
-    ) in drawn.items():  # those left early stand last, and must not come together in a judgement
+    # those left early stand last, and must not come together in a judgement
+    for text, found in drawn.items():
         order = torch.randperm(len(found), generator=generator).tolist()
         drawn[text] = [found[i] for i in order]
     judged = [

@@ -31,9 +31,8 @@ def clean(markdown: str) -> str:
     text = re.sub(r"^.*[\[\]_].*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"[ \t]+", " ", text)
     text = re.sub(r" ?\n ?", "\n", text)
-    text = re.sub(
-        r"^\*\*.+\*\*\n+(?=\*\*|\Z)", "", text, flags=re.MULTILINE
-    )  # all that was said was a direction
+    # all that was said was a direction
+    text = re.sub(r"^\*\*.+\*\*\n+(?=\*\*|\Z)", "", text, flags=re.MULTILINE)
     text = re.sub(r"^\*\*(.+)\*\*\n+", r"\1:\n", text, flags=re.MULTILINE)
     text = re.sub(r"\n{2,}", "\n\n", text)
     return text.strip() + "\n"
@@ -99,9 +98,8 @@ class Tokenizer:
                 f"the tokenizer does not know {unknown[0]!r} (character {text.index(unknown[0])} of the text); "
                 f"replace it, or train the tokenizer on text that has it; it knows {''.join(sorted(self.alphabet))!r}"
             )
-        speeches = re.split(
-            r"(?<=\n\n)", text
-        )  # no token crosses the end of a speech, so they encode in parallel
+        # no token crosses the end of a speech, so they encode in parallel
+        speeches = re.split(r"(?<=\n\n)", text)
         return [i for encoding in self.engine.encode_batch_fast(speeches) for i in encoding.ids]
 
     def decode(self, ids: list[int] | Tensor) -> str:
@@ -204,9 +202,8 @@ def bits_per_character(
     targets = len(ids) - 1
     length = min(context, targets)
     starts = torch.tensor([*range(0, targets - length, max(1, length // 2)), targets - length])
-    scored = torch.cat(
-        [torch.zeros(1, dtype=torch.long), starts[:-1] + length]
-    )  # where the window before it ended
+    # where the window before it ended
+    scored = torch.cat([torch.zeros(1, dtype=torch.long), starts[:-1] + length])
     positions = rearrange(starts, "w -> w 1") + torch.arange(length)
     new = positions >= rearrange(scored, "w -> w 1")
     was_training = model.training

@@ -331,9 +331,8 @@ def grpo(
         number, update = divmod(step, settings.epochs * settings.minibatches)
         epoch, part = divmod(update, settings.minibatches)
         if update == 0:
-            share = (
-                1_000_003 * seed + number
-            )  # of several processes (chapter 07), each draws for its own prompts
+            # of several processes (chapter 07), each draws for its own prompts
+            share = 1_000_003 * seed + number
             g = torch.Generator(device).manual_seed(share * parallel.world_size() + parallel.rank())
             mine = prompts(number)[parallel.rank() :: parallel.world_size()]
             new = draw(model, mine, reward, settings, end=end, generator=g)

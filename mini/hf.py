@@ -173,9 +173,8 @@ def read_config(path: Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; name a folder that holds config.json and safetensors")
     theirs = json.loads(path.read_text(encoding="utf-8"))
-    rope = (
-        theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    )  # the second: before transformers 5
+    # the second: before transformers 5
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     refuse(theirs, FIXED)
     for key in SETTINGS.values():

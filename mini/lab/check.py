@@ -22,9 +22,8 @@ class check:
     """
 
     current: "check | None" = None
-    record: ClassVar[
-        dict[str, tuple[bool, int]]
-    ] = {}  # exercise -> (passed, points), in this kernel's session
+    # exercise -> (passed, points), in this kernel's session
+    record: ClassVar[dict[str, tuple[bool, int]]] = {}
 
     def __init__(self, exercise: str, points: int = 1) -> None:
         self.exercise, self.points, self.compared, self.mistakes = exercise, points, 0, 0

@@ -31,10 +31,8 @@ from mini.reward import Query, facts
 from mini.tasks import is_held_out
 
 SHORT = dict(base_steps=2, r1_steps=1)
-FIRST = [
-    "base",
-    "r1",
-]  # a judge cannot be made from a base that has read next to nothing; chapter 15 makes all
+# a judge cannot be made from a base that has read next to nothing; chapter 15 makes all
+FIRST = ["base", "r1"]
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()] + ["--until", "r1"]
 
 

@@ -423,9 +423,8 @@ def test_small_steps_survive_in_master_weights_alone(master):
     largest = start.abs() == start.abs().max()  # stands still, and the scale with it
     for _ in range(50):
         with torch.no_grad():
-            linear.weight += 1e-3 * start.masked_fill(
-                largest, 0.0
-            )  # far below half a step, which is 3% or more
+            # far below half a step, which is 3% or more
+            linear.weight += 1e-3 * start.masked_fill(largest, 0.0)
         layer(torch.randn(4, 32))
     moved = (linear.weight.detach() / start)[(start != 0) & ~largest]
     if master:

@@ -262,9 +262,8 @@ def test_speculation_draws_from_the_models_own_distribution(kind, temperature):
 @pytest.mark.parametrize("rule", [wrong_accept_greedily, wrong_resample_from_p, wrong_way_round])
 def test_a_wrong_rule_is_found_in_the_text(rule, monkeypatch):
     monkeypatch.setattr("mini.mtp.verify", rule)
-    mtp = random_mtp(
-        seed=2, **TINY
-    )  # its drafter differs enough from its main model for 700 texts to show it
+    # its drafter differs enough from its main model for 700 texts to show it
+    mtp = random_mtp(seed=2, **TINY)
     probs = joint(mtp.model, [1, 2], 3, 1.0)
     assert chi_square_p_value(counts(mtp, 3, 700), probs) < 1e-3
 
@@ -275,9 +274,8 @@ def test_at_temperature_0_the_text_is_that_of_sample(kind):
     for seed in range(8):
         mtp = random_mtp(seed=seed, vocab_size=8, **kind)
         prompt = torch.randint(8, (5,), generator=seeded(seed))
-        plain = sample(mtp.model, [prompt.tolist()], 19, temperature=0).tokens[
-            0
-        ]  # up to the context's very end
+        # up to the context's very end
+        plain = sample(mtp.model, [prompt.tolist()], 19, temperature=0).tokens[0]
         drawn = speculate(mtp, prompt, 19, temperature=0)
         assert torch.equal(drawn.tokens, plain)
         assert drawn.steps == 19 - drawn.accepted
@@ -289,9 +287,8 @@ def test_a_perfect_drafter_halves_the_passes(monkeypatch):
     mtp = random_mtp(vocab_size=16)
     truth = sample(mtp.model, [[1, 2, 3]], 21, temperature=0).tokens[0]
     said = iter(truth[1::2])  # the first pass writes one token, each later one a draft and its follower
-    score = torch.linalg.pinv(
-        mtp.model.embed.weight
-    )  # of which the head makes logits that single one token out
+    # of which the head makes logits that single one token out
+    score = torch.linalg.pinv(mtp.model.embed.weight)
     monkeypatch.setattr(mtp.layers[0], "forward", lambda h, *rest: score[:, next(said)].expand_as(h))
     drawn = speculate(mtp, [1, 2, 3], 21, temperature=0)
     assert torch.equal(drawn.tokens, truth)

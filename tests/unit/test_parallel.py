@@ -92,9 +92,8 @@ def empty_process():
 
 def trained(with_experts):
     """The losses and the router's bias after five steps of the training loop."""
-    net = model(
-        seed=parallel.rank(), **(EXPERTS if with_experts else {})
-    )  # `train` starts all from process 0's
+    # `train` starts all from process 0's
+    net = model(seed=parallel.rank(), **(EXPERTS if with_experts else {}))
     loss = balanced(cross_entropy, bias_speed=0.01) if with_experts else cross_entropy
     history = train(net, lambda step: rows(seed=step), Settings(steps=5), loss=loss, progress=False)
     bias = [m.bias.tolist() for m in net.modules() if isinstance(m, Gate)]

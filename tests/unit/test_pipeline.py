@@ -116,9 +116,8 @@ def test_all_work_alike_and_none_beats_the_lower_bounds(size, times):
         timeline = simulated(method, *size, times)
         whole = makespan(timeline)
         assert [whole - each for each in idle(timeline)] == [work] * stages
-        assert whole >= max(
-            work, stages * (times.F + times.B) + times.W
-        )  # a device's work; one micro-batch's way
+        # a device's work; one micro-batch's way
+        assert whole >= max(work, stages * (times.F + times.B) + times.W)
 
 
 @MANY
