@@ -47,6 +47,8 @@ def test_advantages_by_hand():
     assert_close(advantages(rewards)[1], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))
     assert (advantages(rewards)[2] == 0).all()
     assert_close(advantages(rewards, scale=False)[1], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+    pair = advantages(torch.tensor([[1.0, 0.0]]))  # the smallest group there is
+    assert_close(pair, torch.tensor([[0.5, -0.5]]) / (0.5**0.5 + 1e-4))
 
 
 rewards_of_groups = st.lists(st.lists(st.floats(-10, 10), min_size=4, max_size=4), min_size=1, max_size=5)

@@ -85,6 +85,17 @@ def test_the_router_always_learns(k, norm):
     assert (router.weight.grad[used].norm(dim=1) > 1e-4).all()
 
 
+def test_a_fresh_router_and_fresh_experts_have_the_spread_of_a_model_s_matrices():
+    for matrix in (Gate(256, 64, 2).weight, Experts(4, 256, 64).w13, Experts(4, 256, 64).w2):
+        assert matrix.std().item() == pytest.approx(0.5 * 256**-0.5, rel=0.03)
+
+
+def test_one_group_may_be_all_that_a_token_gets():
+    gate = Gate(16, 6, 2, n_expert_groups=3, n_limited_groups=1)
+    chosen = gate(torch.randn(20, 16)).indices // 2  # the group of each expert
+    assert (chosen[:, 0] == chosen[:, 1]).all()
+
+
 def test_one_normalised_gate_would_teach_the_router_nothing_and_is_refused():
     with pytest.raises(
         ValueError, match=r"n_activated_experts=1 with norm_topk_prob=True.*norm_topk_prob=False"
@@ -195,9 +206,8 @@ def test_load_and_its_violation_by_hand():
 def test_the_balance_loss_by_hand():
     # two sequences of two tokens, three experts, one activated
     s = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6], [0.8, 0.1, 0.1]])
-    routing = Routing(
-        s, torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1)
-    )  # the choice under a bias: not used
+    # the choice under a bias: not used
+    routing = Routing(s, torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1))
     # first: f = 3/2 · (2, 0, 0), P = (.55, .35, .1); second: f = 3/2 · (1, 0, 1), P = (.5, .15, .35)
     assert balance_loss(routing, sequences=2).item() == pytest.approx((3 * 0.55 + 1.5 * 0.85) / 2)
     # together: f = 3/4 · (3, 0, 1), P = (.525, .25, .225)
