@@ -5,17 +5,18 @@ solutions  nbval over solutions/ with MINI_STRICT=1: the stored outputs are what
 chapters   nbval over chapters/, as a learner first opens them
 browser    a real JupyterLab in Chromium (skipped without one, unless MINI_BROWSER=required)
 
-The notebooks train their models from nothing, in an empty MINI_HOME that solutions, chapters and browser share
-(set MINI_TEST_HOME to a folder to keep the models for the next time). They run two at a time, each with half of the
-cores: small models gain little from a second core, a second notebook all of it. All stages run, whatever fails.
+In a fresh clone the notebooks train their models from nothing. Solutions, chapters and browser share them, in a folder
+of tests/artifacts/ (or in MINI_TEST_HOME) where the next run finds them, too: it trains what has changed, and what an
+interrupt left undone. Another torch begins anew, and so does `make clean`. Notebooks run two at a time, each with half
+of the cores: small models gain little from a second core, a second notebook all of it. All stages run, whatever fails.
 """
 
 import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,22 +67,21 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [stage for stage in stages if stage not in STAGES]:
         parser.error(f"there is no stage {unknown[0]!r}; choose from {', '.join(STAGES)}")
 
+    home = os.environ.get("MINI_TEST_HOME") or str(ROOT / "tests/artifacts" / f"models-{version('torch')}")
     table = []
-    with tempfile.TemporaryDirectory() as empty:
-        home = os.environ.get("MINI_TEST_HOME", empty)
-        for stage in stages:
-            print(f"\n· {stage}", flush=True)
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                *STAGES[stage][0],
-                "--durations=5",
-                *arguments[cut + 1 :],
-            ]
-            started = time.monotonic()
-            code = subprocess.run(command, cwd=ROOT, env=environment(stage, home)).returncode
-            table.append((stage, code, time.monotonic() - started))
+    for stage in stages:
+        print(f"\n· {stage}", flush=True)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *STAGES[stage][0],
+            "--durations=5",
+            *arguments[cut + 1 :],
+        ]
+        started = time.monotonic()
+        code = subprocess.run(command, cwd=ROOT, env=environment(stage, home)).returncode
+        table.append((stage, code, time.monotonic() - started))
     print()
     for stage, code, seconds in table:
         outcome = {0: "passed", 5: "found no test"}.get(code, "FAILED")
