@@ -83,9 +83,8 @@ def digest(nb: NotebookNode) -> str:
 
 def execute(nb: NotebookNode, folder: Path, strict: bool, **options: Any) -> NotebookNode:
     """Run a tidy notebook from the top in a kernel of its own; raises CellExecutionError. `options`: the client's."""
-    with (
-        tempfile.TemporaryDirectory() as predictions
-    ):  # a maintainer's own predictions do not belong in the file
+    # a maintainer's own predictions do not belong in the file
+    with tempfile.TemporaryDirectory() as predictions:
         env = {**os.environ, "MINI_STRICT": "1" if strict else "", "MINI_PREDICTIONS": predictions}
         client = NotebookClient(
             nb,
@@ -109,11 +108,8 @@ def execute(nb: NotebookNode, folder: Path, strict: bool, **options: Any) -> Not
 def _still(output: NotebookNode) -> NotebookNode | None:
     """An output without its live widget: its picture remains, a progress bar goes."""
     data = output.get("data", {})
-    if data.pop(WIDGET, None) and re.search(
-        r"\d/\d+ \[\d\d:\d\d", data.get("text/plain", "")
-    ):  # "3/10 [00:01"
-        return None
-    return output
+    bar = re.search(r"\d/\d+ \[\d\d:\d\d", data.get("text/plain", ""))  # "3/10 [00:01"
+    return None if data.pop(WIDGET, None) and bar else output
 
 
 def executed(nb: NotebookNode) -> bool:
@@ -137,20 +133,26 @@ def write(path: Path, nb: NotebookNode) -> None:
     os.replace(part, path)
 
 
+def chosen(
+    parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> tuple[argparse.Namespace, list[Path]]:
+    """The command's options, and the solved notebooks that it names."""
+    parser.add_argument("chapters", nargs="*", metavar="NN", help="a chapter's number; all without any")
+    options = parser.parse_args(arguments)
+    paths = [p for p in sorted(SOLUTIONS.glob("*.ipynb")) if p.name.startswith(tuple(options.chapters) or "")]
+    if not paths:
+        parser.error(f"no notebook in solutions/ begins with {' or '.join(options.chapters) or 'anything'}")
+    return options, paths
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.chapters", description="Run solutions/, derive and run chapters/."
     )
     parser.add_argument(
-        "chapters", nargs="*", metavar="NN", help="the first letters of the chapters' names; all without any"
-    )
-    parser.add_argument(
         "--changed", action="store_true", help="only notebooks whose own cells changed since they were run"
     )
-    options = parser.parse_args(arguments)
-    paths = [p for p in sorted(SOLUTIONS.glob("*.ipynb")) if p.name.startswith(tuple(options.chapters) or "")]
-    if not paths:
-        parser.error(f"no notebook in solutions/ begins with {' or '.join(options.chapters) or 'anything'}")
+    options, paths = chosen(parser, arguments)
     failed = False
     for path in paths:
         solution = tidy(read(path))

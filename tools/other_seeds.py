@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mini.lab.claims import cards, table, title
-from tools.chapters import ROOT, SOLUTIONS, execute, read, write
+from tools.chapters import ROOT, SOLUTIONS, chosen, execute, read, write
 
 REPORT = ROOT / "docs" / "OTHER_SEEDS.md"
 KEPT = ROOT / "tests" / "artifacts" / "other_seeds"
@@ -99,11 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.other_seeds", description="Run solutions/ at other seeds."
     )
-    parser.add_argument("chapters", nargs="*", metavar="NN", help="all without any")
-    options = parser.parse_args(arguments)
-    paths = [p for p in sorted(SOLUTIONS.glob("*.ipynb")) if p.name.startswith(tuple(options.chapters) or "")]
-    if not paths:
-        parser.error(f"no notebook in solutions/ begins with {' or '.join(options.chapters)}")
+    _, paths = chosen(parser, arguments)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(start, paths))
     REPORT.write_text(report(), encoding="utf-8", newline="\n")

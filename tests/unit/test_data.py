@@ -192,9 +192,7 @@ def test_bits_per_character_scores_each_token_once(text, context, batch_size):
 
 
 def test_bits_per_character_gives_every_token_half_a_context():
-    class Needs(
-        Repeats
-    ):  # certain of the next token where it has seen 4 tokens or the text's start, else clueless
+    class Needs(Repeats):  # certain where it has seen 4 tokens or the text's start, else clueless
         def forward(self, tokens):
             following = (tokens + 1) % self.vocab_size
             sure = nn.functional.one_hot(following, self.vocab_size).double().log()

@@ -66,10 +66,8 @@ def test_train_and_held_out_are_disjoint_by_hash_and_all_there_is():
         (RIGHT.removesuffix(" <eos>"), Marks(0.0, 0.0)),
         (RIGHT.removeprefix("<think> "), Marks(0.0, 0.0)),
         (RIGHT.replace("c- <", "<"), Marks(0.0, 0.0)),
-        (
-            RIGHT.replace("a- b- c- <", "a5 b- c- <"),
-            Marks(0.0, 0.0),
-        ),  # a word of prompts where an operator belongs
+        # a word of prompts where an operator belongs
+        (RIGHT.replace("a- b- c- <", "a5 b- c- <"), Marks(0.0, 0.0)),
         (RIGHT.replace("ok", "<think>"), Marks(0.0, 0.0)),
         ("no " + RIGHT, Marks(0.0, 0.0)),
         ("", Marks(0.0, 0.0)),
