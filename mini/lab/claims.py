@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -49,12 +50,13 @@ def claim(
         raise ValueError(f"interval={interval} is not (low, high)")
     if not isinstance(seeds, int | None):
         raise ValueError(f"seeds={seeds!r} is how many seeds were run, a whole number")
+    decimals = places(interval) if interval else None
     card = {
         "claim": text,
         "source": source,
-        "measured": f"{number(measured)} {unit}".strip(),
+        "measured": f"{number(measured, decimals)} {unit}".strip(),
         "evidence": evidence(n, seeds),
-        "interval": f"{number(interval[0])} to {number(interval[1])}" if interval else "",
+        "interval": " to ".join(number(end, decimals) for end in interval) if interval else "",
         "verdict": verdict,
         "holds": bool(holds),
     }
@@ -63,10 +65,18 @@ def claim(
         raise AssertionError(f"not {verdict} on this run: {text!r}, measured {card['measured']}")
 
 
-def number(value: Any) -> str:
-    """A number for people: 4 significant digits, thousands grouped; whole numbers in full; text as it is."""
+def places(interval: tuple[float, float]) -> int | None:
+    """Decimals that show two digits of half of an interval: more would be noise. None where it has no width."""
+    half = (interval[1] - interval[0]) / 2
+    return max(0, 1 - math.floor(math.log10(half))) if half else None
+
+
+def number(value: Any, decimals: int | None = None) -> str:
+    """A number for people: so many decimals, or else 4 significant digits; whole numbers in full; text as it is."""
     if isinstance(value, str):
         return value
+    if decimals is not None:
+        return f"{round(float(value), decimals) + 0.0:,.{decimals}f}"  # + 0.0: no "-0.00"
     if isinstance(value, int):
         return f"{value:,}"
     value = float(value)

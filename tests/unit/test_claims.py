@@ -33,18 +33,34 @@ def test_card_carries_text_html_and_data(shown):
     bundle = card(shown, n=4096, seeds=3, interval=(55.2, 59.0), unit="times")
     assert bundle["text/plain"] == (
         "Claim: 57× fewer numbers [arXiv:2412.19437 §2]\n"
-        "Measured: 57.12 times (n = 4,096, 3 seeds, 95% interval 55.2 to 59)\n"
+        "Measured: 57.1 times (n = 4,096, 3 seeds, 95% interval 55.2 to 59.0)\n"
         "Verdict: derived"
     )
     assert bundle[claims.MIME] == {
         "claim": "57× fewer numbers",
         "source": "arXiv:2412.19437 §2",
-        "measured": "57.12 times",
+        "measured": "57.1 times",
         "evidence": "n = 4,096, 3 seeds",
-        "interval": "55.2 to 59",
+        "interval": "55.2 to 59.0",
         "verdict": "derived",
         "holds": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("measured", "interval", "said"),
+    [
+        (28.889, (24.58, 33.2), "28.9 (24.6 to 33.2)"),
+        (0.09763, (0.07875, 0.1165), "0.098 (0.079 to 0.117)"),
+        (-0.0004, (-0.031, 0.03), "0.000 (-0.031 to 0.030)"),
+        (4321.4, (3210.4, 5432.4), "4,321 (3,210 to 5,432)"),
+        (0.5, (0.5, 0.5), "0.5 (0.5 to 0.5)"),
+        (7, (5.5, 8.5), "7.0 (5.5 to 8.5)"),
+    ],
+)
+def test_an_interval_says_how_many_digits_mean_something(shown, measured, interval, said):
+    made = card(shown, measured=measured, interval=interval)[claims.MIME]
+    assert f"{made['measured']} ({made['interval']})" == said
 
 
 def test_html_is_escaped(shown):
@@ -146,7 +162,7 @@ def two(shown, tmp_path):
 def test_story_takes_verdicts_and_numbers_from_the_cards(two):
     lines = story([two], {"It is | small": [("03", "of a kind"), ("03", "others")]})
     link = "[03 · Attention](../chapters/03_a.ipynb)"
-    assert lines[-2] == rf"| **It is \| small** | {link} | derived | 57 of a kind | 57.12; 95%: 1 to 2 |"
+    assert lines[-2] == rf"| **It is \| small** | {link} | derived | 57 of a kind | 57.12; 95%: 1.00 to 2.00 |"
     assert lines[-1] == f"|  | {link} | did not hold | 57 others | 57.12 |"
 
 
