@@ -249,6 +249,7 @@ class FP8Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.recipe = linear.weight, linear.bias, recipe
+        self.training = linear.training
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         forget(self.weight, self)
@@ -263,6 +264,7 @@ class FP8Experts(Experts):
     def __init__(self, experts: Experts, recipe: Recipe) -> None:
         nn.Module.__init__(self)
         self.w13, self.w2, self.recipe = experts.w13, experts.w2, recipe
+        self.training = experts.training
 
     def product(self, x: Float[Tensor, "n i"], w: Float[Tensor, "e o i"], ends: Int[Tensor, "e"]) -> Tensor:
         forget(w, self)

@@ -183,6 +183,7 @@ def read_config(path: Path) -> Config:
     refuse(theirs, {"num_key_value_heads": theirs["num_attention_heads"]})
     refuse({"rope_type": kind}, {"rope_type": "yarn" if kind == "yarn" else "default"})
     ours = {name: theirs[key] for name, key in SETTINGS.items() if theirs.get(key) is not None}
+    ours.setdefault("tie_embeddings", False)  # as transformers has it
     ours["rope_theta"] = rope.get("rope_theta") or theirs.get("rope_theta") or 10_000.0
     if kind == "yarn":
         refuse({**dict.fromkeys(("mscale", "mscale_all_dim")), **rope}, FIXED_YARN, "rope_parameters.")

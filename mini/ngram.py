@@ -74,6 +74,8 @@ class KneserNey:
 
     def bits_per_character(self, text: str) -> list[float]:
         """-log2 p(text) / len(text) under order 0 (uniform), 1 (unigram), 2, ... `order`."""
+        if not text:
+            raise ValueError("the text is empty; give at least one character")
         return (-np.log2(self.probabilities(text)).mean(axis=1)).tolist()
 
     def _ids(self, text: str) -> Int64[ndarray, " t"]:

@@ -10,11 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3MoE
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3MoE,
+    DeepseekV3RotaryEmbedding,
+)
 
 from mini import hf
 from mini.attention import rope
-from mini.latent_attention import LatentAttention, yarn_mscale
+from mini.latent_attention import LatentAttention, yarn_frequencies, yarn_mscale
 from mini.model import Config, Transformer, cross_entropy
 from mini.moe import watch
 from mini.sample import sample
@@ -59,7 +63,15 @@ VARIANTS = {
     "one expert a token": dict(num_experts_per_tok=1, norm_topk_prob=False),
     "two shared experts": dict(n_shared_experts=2),
     "YaRN": dict(rope_parameters=YARN),
-    "YaRN, other ramp": dict(rope_parameters=YARN | dict(factor=40.0, beta_fast=2, beta_slow=0.5)),
+    "YaRN, other ramp": dict(
+        rope_parameters=YARN
+        | dict(
+            factor=40.0, original_max_position_embeddings=64, beta_fast=2, beta_slow=0.25, rope_theta=500.0
+        )
+    ),
+    "other base and epsilon": dict(
+        rms_norm_eps=0.1, rope_parameters=dict(rope_type="default", rope_theta=500.0)
+    ),
     "tied embeddings": dict(tie_word_embeddings=True),
     "wide latent": dict(kv_lora_rank=40, qk_nope_head_dim=7, v_head_dim=9),
 }
@@ -90,10 +102,22 @@ def test_their_folder_gives_our_model_the_same_logits(tmp_path, text, variant, s
     model.save_pretrained(tmp_path, max_shard_size="20KB" if shards > 1 else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards > 1)
     ours = hf.load(tmp_path)
+    assert not ours.training
     with torch.no_grad():
         expected = model(text).logits
         torch.testing.assert_close(ours(text), expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.3, "logits near zero agree too easily"
+
+
+def test_a_folder_that_does_not_speak_of_tying_has_a_head_of_its_own(tmp_path, text):
+    model = theirs("V3 in miniature")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("tie_word_embeddings", None)
+    path.write_text(json.dumps(settings))
+    with torch.no_grad():
+        torch.testing.assert_close(hf.load(tmp_path)(text), model(text).logits, atol=1e-5, rtol=0)
 
 
 @every_variant
@@ -220,6 +244,17 @@ def test_the_scale_under_yarn_is_that_of_v3():
     assert yarn_mscale(40.0) ** 2 == pytest.approx(1.87386, abs=1e-5)
 
 
+@pytest.mark.parametrize("original", [4, 16, 1_000, 1_000_000])
+def test_yarn_at_contexts_where_the_ramp_leaves_the_pairs(original):
+    """At 4 it has no length; at a million it ends beyond the last pair."""
+    rope_parameters = YARN | dict(original_max_position_embeddings=original)
+    config = DeepseekV3Config(
+        **SIZES | dict(rope_parameters=rope_parameters, max_position_embeddings=4 * original)
+    )
+    expected = DeepseekV3RotaryEmbedding(config).inv_freq
+    torch.testing.assert_close(yarn_frequencies(8, 10_000.0, 4.0, original), expected)
+
+
 def edit(folder, **changes) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -233,6 +268,11 @@ def edit(folder, **changes) -> None:
         (dict(hidden_act="gelu"), r"hidden_act='gelu' is not supported; mini builds hidden_act='silu'"),
         (dict(rope_interleave=False), r"rope_interleave=False is not supported"),
         (dict(scoring_func="softmax"), r"scoring_func='softmax' is not supported"),
+        (dict(topk_method="greedy"), r"topk_method='greedy' is not supported"),
+        (
+            dict(rope_parameters=YARN | dict(truncate=False)),
+            r"rope_parameters.truncate=False is not supported",
+        ),
         (dict(quantization_config={"quant_method": "fp8"}), r"quantization_config=.*fp8.*is not supported"),
         (dict(num_key_value_heads=1), r"num_key_value_heads=1 is not supported"),
         (dict(n_shared_experts=0), r"n_shared_experts=0 is not supported"),

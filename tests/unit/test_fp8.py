@@ -354,6 +354,15 @@ def test_gradients_are_near_the_true_ones_and_backward_keeps_eight_bits():
     assert 0.005 < error < 0.1
 
 
+def test_what_is_not_said_is_as_in_v3():
+    assert Recipe() == Recipe(E4M3, E4M3, (1, 128), (128, 128), (1, 128), 24, 128, True)
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.rand(3, 512, generator=g), torch.rand(4, 512, generator=g)
+    assert quantize(a).scale.equal(quantize(a, (1, 128), E4M3).scale)
+    assert matmul(a, b, 10).equal(matmul(a, b, 10, 128))
+    assert not matmul(a, b, 10).equal(matmul(a, b, 10, None))
+
+
 def test_bias_and_leading_dimensions():
     torch.manual_seed(0)
     linear = nn.Linear(8, 6)
@@ -441,6 +450,13 @@ def test_evaluation_never_changes_weights():
     assert linear.weight.equal(before)
     layer.train()(torch.randn(4, 32))
     assert not linear.weight.equal(before)
+
+
+def test_a_model_in_evaluation_stays_in_evaluation():
+    model = to_fp8(Transformer(MOE).eval(), Recipe(master_weights=False))
+    before = copy.deepcopy(model.state_dict())
+    model(torch.randint(MOE.vocab_size, (2, 8)))
+    assert all(t.equal(before[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(accumulator_bits=14), Recipe(master_weights=False)])

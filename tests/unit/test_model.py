@@ -7,6 +7,7 @@ from einops import rearrange
 from mini.model import Config, Transformer, cross_entropy
 
 SMALL = dict(vocab_size=50, dim=32, n_layers=2, n_heads=4, inter_dim=48, max_seq_len=24)
+LATENT = dict(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4)
 
 
 def random_model(seed: int = 0, **changes) -> Transformer:
@@ -82,6 +83,8 @@ def test_tied_embeddings_share_one_matrix():
         (dict(n_kv_heads=3), r"n_kv_heads=3 does not divide n_heads=4; use a divisor of 4"),
         (dict(vocab_size=0), r"vocab_size=0 must be at least 1"),
         (dict(kv_lora_rank=8), r"kv_lora_rank=8 needs a qk_nope_head_dim of at least 1"),
+        (LATENT | dict(v_head_dim=0), r"kv_lora_rank=8 needs a v_head_dim of at least 1"),
+        (LATENT | dict(rope_factor=0.5, original_seq_len=8), r"rope_factor=0.5 \(YaRN\) needs .* above 1"),
         (dict(rope_factor=4.0), r"rope_factor=4.0 \(YaRN\) needs a kv_lora_rank"),
         (dict(n_routed_experts=8, n_activated_experts=2), r"n_routed_experts=8 need a moe_inter_dim"),
         (dict(n_activated_experts=2), r"n_activated_experts=2 exceeds n_routed_experts=0"),
@@ -96,6 +99,21 @@ def test_a_bad_config_is_refused_by_name(changes, message):
 def test_a_text_past_the_context_is_refused(t):
     with pytest.raises(ValueError, match=rf"{t} positions.*max_seq_len=24"):
         random_model()(torch.zeros(1, t, dtype=torch.long))
+
+
+def test_a_cache_longer_than_the_context_does_not_lengthen_it():
+    model = random_model()
+    cache = model.new_cache(1, 30)
+    model(torch.zeros(1, 24, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match=r"25 positions.*max_seq_len=24"):
+        model(torch.zeros(1, 1, dtype=torch.long), cache)
+
+
+def test_weights_fit_a_model_of_another_context():
+    short, long = random_model(), random_model(seed=1, max_seq_len=48)
+    long.load_state_dict(short.state_dict())
+    tokens = torch.randint(50, (2, 24))
+    torch.testing.assert_close(long(tokens), short(tokens))
 
 
 def test_a_cache_past_its_end_is_refused():

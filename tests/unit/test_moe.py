@@ -201,6 +201,8 @@ def test_load_and_its_violation_by_hand():
     assert routing.load().tolist() == [4, 3, 1]
     assert load_violation(routing.load()) == pytest.approx(4 / (8 / 3) - 1)
     assert load_violation(torch.tensor([5, 5, 5])) == 0
+    idle = Routing(torch.rand(2, 4), torch.tensor([[0, 1], [1, 0]]), torch.rand(2, 2))
+    assert idle.load().tolist() == [2, 2, 0, 0]
 
 
 def test_the_balance_loss_by_hand():
@@ -310,3 +312,23 @@ def test_the_first_layers_stay_dense_and_shared_experts_are_one_wide_one():
     assert [isinstance(layer.ffn, MoE) for layer in model.layers] == [False, True, True]
     assert model.layers[1].ffn.shared.w2.weight.shape == (16, 24)
     assert moe_model(n_shared_experts=0).layers[1].ffn.shared is None
+
+
+def test_a_router_in_bfloat16_scores_in_float32():
+    router, x = gate().bfloat16(), torch.randn(50, 16).bfloat16()
+    routing = router(x)
+    exact = (x.float() @ router.weight.float().T).sigmoid()
+    torch.testing.assert_close(routing.scores, exact)  # of the same type as well
+    assert routing.weights.dtype == torch.bfloat16
+
+
+def test_balance_has_the_strength_of_v3_unless_told_otherwise():
+    model, tokens = moe_model(), torch.randint(40, (3, 6))
+    with watch(model) as routings:
+        model(tokens[:, :-1])
+    expected = 1e-4 * sum(balance_loss(r, sequences=3) for r in routings)
+    value = balanced(lambda model, tokens: 0 * cross_entropy(model, tokens))(model, tokens)
+    torch.testing.assert_close(value, expected, atol=0, rtol=1e-5)
+    for g, routing in zip(gates(model), routings, strict=True):
+        load = routing.load().float()
+        torch.testing.assert_close(g.bias, 1e-3 * (load.mean() - load).sign())

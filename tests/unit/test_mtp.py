@@ -66,6 +66,7 @@ def test_depths_by_the_equations(kind):
     torch.testing.assert_close(main, cross_entropy(model, tokens))
     torch.testing.assert_close(torch.stack(ahead), torch.stack(expected))
     torch.testing.assert_close(mtp_loss(0.3)(mtp, tokens), main + 0.15 * sum(ahead))
+    torch.testing.assert_close(mtp_loss()(mtp, tokens), main + 0.15 * sum(ahead))
 
 
 def test_depth_k_has_k_positions_less():

@@ -69,6 +69,11 @@ def test_refusals():
         KneserNey(0)
     with pytest.raises(ValueError, match="the text has 2 characters, too few for order=3"):
         KneserNey(3).fit("ab")
+    with pytest.raises(ValueError, match="order=27 is too high for 4 characters"):  # 5^28 > 2^63 > 5^27
+        KneserNey(27).fit("abcd" * 60)
+    assert KneserNey(26).fit("abcd" * 60).bits_per_character("abcd")[0] == 2
+    with pytest.raises(ValueError, match="the text is empty"):
+        KneserNey(2).fit("abab").bits_per_character("")
     with pytest.raises(ValueError, match="order=60 is too high"):
         KneserNey(60).fit("abcd" * 60)
     with pytest.raises(ValueError, match=r"'z' \(character 1 of the text\) is not in the training text"):

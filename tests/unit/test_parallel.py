@@ -137,6 +137,7 @@ def all_of_it():
     flags = [parallel.anywhere(False), parallel.anywhere(parallel.rank() == 1)]
     return {
         "flags": flags,
+        "rows": parallel.all_rows(parallel.my_rows(torch.arange(4))).tolist(),
         "data": data_parallel(),
         "experts": expert_parallel(),
         "empty": empty_process(),
@@ -193,6 +194,7 @@ def test_all_decide_together_and_refuse_together(two):
     for found in two:
         assert found["backend"] == "gloo"
         assert found["flags"] == [False, True]
+        assert found["rows"] == [0, 2, 1, 3]  # those of process 0 first
         uneven, experts, unsaved, behind, muon = found["refusals"]
         assert "3 rows cannot be shared evenly by 2" in uneven
         assert "use 4 rows" in uneven
@@ -213,6 +215,14 @@ def test_one_process_is_left_as_it_is():
     assert (parallel.rank(), parallel.world_size()) == (0, 1)
     assert parallel.anywhere(True)
     assert not parallel.anywhere(False)
+
+
+def test_the_loss_of_another_process_is_told_from_a_fault_of_ones_own():
+    gone = "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6471"
+    assert parallel.lost_another(RuntimeError(gone))
+    assert parallel.lost_another(RuntimeError("NCCL communicator was aborted on rank 1"))
+    assert not parallel.lost_another(RuntimeError("shape '[2, 3]' is invalid for input of size 7"))
+    assert not parallel.lost_another(ValueError(gone))
 
 
 def failing(how):
@@ -422,6 +432,10 @@ def test_a_copy_goes_to_the_busiest():
         (
             lambda: parallel.place_experts([1] * 8, 8, 4, n_groups=3),
             "n_groups=3 does not divide the experts, 8",
+        ),
+        (
+            lambda: parallel.place_experts([1] * 8, 9, 3, n_groups=2, n_nodes=2),
+            "n_nodes=2 does not divide n_gpus, 3",
         ),
         (lambda: launch(waiting, processes=0), "processes=0"),
     ],

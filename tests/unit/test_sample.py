@@ -118,6 +118,12 @@ def test_a_groups_prompt_is_read_once(monkeypatch):
     assert read == [(2, 3), (16, 1), (16, 1)]
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.99, 4)])
+def test_top_p_takes_no_token_more_than_reach_it(top_p, kept):
+    drawn = choose(torch.zeros(500, 4), 1.0, top_p, seeded())  # four tokens, each of probability 1/4 exactly
+    assert len(drawn.unique()) == kept
+
+
 @given(temperature=st.floats(0.2, 3), top_p=st.floats(0.05, 1))
 @settings(max_examples=20, deadline=None)
 def test_draws_have_the_frequencies_that_they_should(temperature, top_p):

@@ -1,9 +1,13 @@
+import argparse
 import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +17,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mini.model import Config, Transformer
-from mini.train import Muon, Settings, load, load_weights, optimizers, orthogonal, save, train
+from mini.train import (
+    LANGUAGE_MODEL,
+    Muon,
+    Settings,
+    add_options,
+    finish_step_on_interrupt,
+    from_options,
+    load,
+    load_weights,
+    optimizers,
+    orthogonal,
+    save,
+    train,
+)
 
 CONFIG = Config(vocab_size=20, dim=16, n_layers=1, n_heads=2, inter_dim=24, max_seq_len=16)
 
@@ -43,6 +60,7 @@ def test_training_learns_what_can_be_learned(matrix_lr):
     assert history[-1]["loss"] < 0.1
     assert [row["step"] for row in history] == list(range(1, 121))
     assert history[-1]["tokens"] == 120 * 8 * 12
+    assert not model.training
 
 
 def test_training_on_noise_does_not_get_below_chance():
@@ -60,6 +78,35 @@ def test_the_rate_rises_holds_and_falls():
     assert rates[9:51] == [1.0] * 42
     assert rates[75] == 0.5
     assert rates[100] == 0.0
+    assert [Settings(steps=3, warmup=0, decay=0.0).rate(i) for i in range(3)] == [1.0] * 3
+
+
+def test_each_step_takes_its_share_of_the_rate_and_a_gradient_that_was_cut(monkeypatch):
+    taken = []
+
+    class Noting(torch.optim.SGD):
+        def step(self):
+            (group,) = self.param_groups
+            norm = torch.stack([p.grad.norm() for p in group["params"]]).norm().item()
+            taken.append((group["lr"], norm))
+
+    model = fresh()
+    sgd = Noting([{"params": list(model.parameters()), "peak": 6.0}], lr=6.0)
+    monkeypatch.setattr("mini.train.optimizers", lambda model, settings: [sgd])
+    plan = Settings(steps=8, lr=2.0, warmup=3, decay=0.5, clip=0.01)
+    history = train(model, batch, plan, progress=False)
+    shares = [1 / 3, 2 / 3, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]
+    assert [lr for lr, _ in taken] == pytest.approx([6 * share for share in shares])
+    assert [row["lr"] for row in history] == pytest.approx([2 * share for share in shares])
+    assert [norm for _, norm in taken] == pytest.approx([0.01] * 8, rel=1e-3)
+    assert all(row["grad_norm"] > 0.02 for row in history)  # as it was before the cut
+
+
+def test_each_optimizer_has_the_peak_and_the_betas_of_the_settings():
+    adamw, muon = optimizers(fresh(), Settings(steps=1, lr=0.003, matrix_lr=0.05, betas=(0.8, 0.9)))
+    assert [group["peak"] for group in adamw.param_groups] == [0.003]
+    assert [group["betas"] for group in adamw.param_groups] == [(0.8, 0.9)]
+    assert [group["peak"] for group in muon.param_groups] == [0.05]
 
 
 @pytest.mark.parametrize("matrix_lr", [0.02, 0.0])
@@ -79,7 +126,10 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, matrix_lr):
     resumed = fresh(seed=1)  # its own weights must not matter
     again = train(resumed, batch, plan, checkpoint=path, progress=False)
     assert same(whole, resumed)
-    assert [row["loss"] for row in again] == [row["loss"] for row in history]
+    for column in ("loss", "tokens"):
+        assert [row[column] for row in again] == [row[column] for row in history]
+    seconds = [row["seconds"] for row in again]
+    assert seconds == sorted(seconds)
 
 
 RUN = """
@@ -117,6 +167,37 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, stop):
     train(resumed, batch, plan, checkpoint=path, progress=False)
     train(whole, batch, plan, progress=False)
     assert same(whole, resumed)
+
+
+def test_ctrl_c_is_what_it_was_when_training_ends_well_or_badly():
+    def broken(step):
+        raise RuntimeError("power cut")
+
+    before = signal.getsignal(signal.SIGINT)
+    train(fresh(), batch, Settings(steps=1), progress=False)
+    assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(fresh(), broken, Settings(steps=1), progress=False)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_second_ctrl_c_acts_at_once_but_not_the_echo_of_the_first(monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("mini.train.time", clock)
+    with finish_step_on_interrupt() as asked:
+        signal.raise_signal(signal.SIGINT)
+        clock.now = 0.9
+        signal.raise_signal(signal.SIGINT)
+        assert asked == [0.0, 0.9]
+        clock.now = 1.1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_thread_can_train_too():
+    with ThreadPoolExecutor(1) as pool:
+        history = pool.submit(train, fresh(), batch, Settings(steps=1), progress=False).result()
+    assert len(history) == 1
 
 
 def test_a_finished_run_is_loaded_not_repeated(tmp_path):
@@ -318,3 +399,12 @@ def test_weight_decay_acts_on_the_matrices_of_the_layers_alone(matrix_lr):
     for name, p in model.named_parameters():
         decayed = p.dim() == 2 and "layers." in name
         torch.testing.assert_close(p.data, before[name] * (0.99 if decayed else 1.0))
+
+
+def test_options_change_the_settings_that_they_name():
+    parser = argparse.ArgumentParser()
+    add_options(parser, LANGUAGE_MODEL)
+    assert from_options(Config, parser.parse_args([])) == LANGUAGE_MODEL
+    changed = parser.parse_args(["--no-tie-embeddings", "--rope-theta", "500", "--n-layers", "2"])
+    expected = replace(LANGUAGE_MODEL, tie_embeddings=False, rope_theta=500.0, n_layers=2)
+    assert from_options(Config, changed) == expected
