@@ -28,7 +28,7 @@ def study(name: str, run: Callable[..., Row], jobs: Sequence[Row]) -> list[Row]:
     def make(checkpoint: Path | None) -> Made:
         done: dict[str, Row] = load(checkpoint)[1]["rows"] if checkpoint and checkpoint.exists() else {}
         todo = [i for i in range(len(jobs)) if str(i) not in done]
-        workers = min(torch.get_num_threads(), len(todo))
+        workers = max(1, min(torch.get_num_threads(), len(todo)))
         bar = tqdm(total=len(jobs), initial=len(done), desc=name, unit="run")
         with bar, parallel_config("loky", inner_max_num_threads=1):
             pool = Parallel(n_jobs=workers, return_as="generator_unordered")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from mini import critique
 from mini.audit import (
     FEATURES,
     Judge,
@@ -102,6 +103,12 @@ def test_an_opinion_is_the_mean_of_k_marks_with_neighbours_judged_together():
     assert opinion_of(Judge("exact", marks))([], []) == []
 
 
+def test_an_opinion_follows_from_its_seed():
+    queries, answers = [TESTS[0].query] * 4, TESTS[0].answers
+    one, again, other = (opinion_of(Judge("noisy", noisy), seed=s)(queries, answers) for s in (0, 0, 1))
+    assert one == again != other
+
+
 def test_an_opinion_can_be_a_reward():
     queries = [draw_query(random.Random(i)) for i in range(2)]
     opinion = opinion_of(generative("untrained", small_model()), k=2)
@@ -132,6 +139,13 @@ def test_a_judge_by_worth_pays_for_nothing_else_however_noisy():
     for b, half in style(marks, many).values():
         assert abs(b) < 2 * half
         assert half < 0.3
+
+
+def test_the_interval_of_a_price_covers_nothing_about_95_times_of_100():
+    some = cases(150, "style")
+    many = noisy(some, 200, torch.Generator().manual_seed(0))
+    found = [pair for i in range(200) for pair in style(many[:, i], some).values()]
+    assert 0.92 < sum(abs(b) <= half for b, half in found) / len(found) < 0.975
 
 
 def test_a_price_is_found_with_its_size_and_for_one_feature_alone():
@@ -229,6 +243,16 @@ def test_shares_of_principles_are_shares():
     assert ((total - 1).abs().lt(1e-6) | (total == 0)).all()  # an untrained model may state none
 
 
+def test_shares_of_principles_by_hand(monkeypatch):
+    """Brief has 6 + 3 of 18 points, truth 3, polite 6; what cannot be read, and who states nothing, counts nothing."""
+    stated = [("brief", "x6", "truth", "x3"), ("polite", "x6", "brief", "x3"), ("boss",) * 4]
+    drawn = [[critique.Judgement(words, ()) for words in stated], [critique.Judgement(("boss",) * 4, ())] * 3]
+    monkeypatch.setattr(critique, "judge", lambda *args, **options: drawn)
+    queries = [Query("boss", "quickly", 41, 33), Query("child", "gently", 20, 11)]
+    shares = principle_shares(small_model(), queries, 3)
+    assert_close(shares, torch.tensor([[3.0, 9, 0, 6, 0], [0] * 5]) / 18)
+
+
 # --- the report
 
 
@@ -249,6 +273,11 @@ def test_a_noisy_judge_gains_by_repetition_and_its_pairs_are_reported():
     assert found.accuracy > found.single + 0.1
     assert found.consistency < 0.9
     assert "always the first 100% of pairs" in str(found)
+    marks = noisy(TESTS, 16, torch.Generator().manual_seed(0))
+    right = strictly_best(marks.sum(dim=1), TESTS)
+    assert (found.bins, found.ece) == calibration(confidence(marks), right)
+    low, high = interval(found.accuracy, 80)
+    assert f"({low:.0%} to {high:.0%})" in str(found)
 
 
 def test_a_learners_marks_of_a_wrong_shape_are_named():

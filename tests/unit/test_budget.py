@@ -113,6 +113,18 @@ def test_cache_sizes_are_those_that_deepseek_published():
     assert budget.kv_cache_bytes(LLAMA_405B) == 516_096
 
 
+def test_a_cache_grows_with_its_tokens_and_the_bytes_of_a_number():
+    assert budget.kv_cache_bytes(V3, tokens=1000, bytes_per_number=1) == 70_272 * 1000 // 2
+
+
+def test_a_bill_takes_the_power_and_the_peak_of_its_gpu():
+    gpu = budget.GPU("another", bf16=1e15, fp8=2e15, watts=500, nvlink=1)
+    bill = budget.cost(V3, 1e12, 0.5, gpu=gpu, dollars_per_gpu_hour=3)
+    assert bill.gpu_hours == pytest.approx(budget.training_flops(V3) * 1e12 / 5e14 / 3600)
+    assert bill.kwh == pytest.approx(bill.gpu_hours / 2)
+    assert bill.dollars == pytest.approx(bill.gpu_hours * 3)
+
+
 def test_the_bill_of_v3():
     """arXiv:2412.19437 Table 1: 2,664 K GPU hours for 14.8e12 tokens, $5.328 M at $2."""
     share = budget.utilisation(budget.training_flops(V3, 4096) * 14.8e12, 2.664e6)
@@ -128,6 +140,7 @@ def test_all_to_all_bytes_by_hand():
 
 def test_weight_bytes_by_hand():
     assert budget.weight_bytes(V3, bytes_per_parameter=1) == 671_026_404_352
+    assert budget.weight_bytes(V3) == 2 * 671_026_404_352  # BF16
 
 
 # Properties

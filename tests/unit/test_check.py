@@ -207,6 +207,17 @@ def test_equal_answers_pass(mine, reference):
     agree(mine, reference)
 
 
+def test_tolerances_are_those_that_are_given():
+    agree(1.0, 1.05, atol=0.1)
+    agree(X, X + 0.05, atol=0.1)
+    agree(101, 100, rtol=0.02)
+    agree(torch.tensor([101]), torch.tensor([100]), rtol=0.02)
+    told(1.0, 1.05, atol=0.01, rtol=0.0)
+    told(X, X + 0.05, atol=0.01, rtol=0.0)
+    told(103, 100, rtol=0.02)
+    told(1.0 + 1e-6, 1.0, atol=0.0, rtol=0.0)
+
+
 def test_dataclasses_are_compared_by_field():
     @dataclasses.dataclass
     class Sizes:

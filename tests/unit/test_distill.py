@@ -201,6 +201,13 @@ def test_a_pass_deals_each_row_once_and_is_a_function_of_the_step(n, size, seed)
     assert deal(data, size, seed)(n - 1).equal(batch(n - 1))
 
 
+def test_each_pass_and_each_seed_deals_in_an_order_of_its_own():
+    data = torch.arange(50)[:, None]
+    batch = deal(data, 50, 0)
+    assert not batch(0).equal(batch(1))
+    assert not batch(0).equal(deal(data, 50, 1)(0))
+
+
 def test_nothing_to_deal_is_refused():
     with pytest.raises(ValueError, match="0 rows in batches of 4"):
         deal(rows(1, 4)[:0], 4)

@@ -83,6 +83,17 @@ def test_labels_of_shared_axes_and_of_the_figure_count(shown):
         show(fig, ALT)
 
 
+def test_an_axis_without_ticks_needs_no_label(shown):
+    fig, ax = plt.subplots()
+    ax.set(xlabel="key", yticks=[])
+    show(fig, ALT)
+    fig, ax = plt.subplots()
+    ax.set(ylabel="query")
+    ax.xaxis.set_visible(False)
+    show(fig, ALT)
+    assert len(shown) == 2
+
+
 def test_colour_bars_need_a_label_and_switched_off_axes_do_not(shown):
     def picture():
         fig, ax = plt.subplots()
@@ -110,6 +121,15 @@ def test_interval_against_tables(values, half):
     mean, got = mean_interval(values)
     assert mean == pytest.approx(sum(values) / len(values))
     assert got == pytest.approx(half, rel=1e-3)
+
+
+def test_every_point_of_t_leaves_a_fortieth_above_it():
+    """The density of Student's t, integrated from 0 by the trapezoid rule."""
+    for df, t in enumerate(figures.T95, start=1):
+        x = torch.linspace(0, t, 20_001, dtype=torch.float64)
+        scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+        share = torch.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x).item()
+        assert share == pytest.approx(0.475, abs=4e-5)
 
 
 def test_interval_covers_the_mean_about_95_times_of_100():

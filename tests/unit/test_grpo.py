@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from mini import grpo as module
+from mini.distill import masked_mean
 from mini.grpo import (
     Settings,
     advantages,
@@ -200,13 +201,14 @@ def test_what_is_not_of_the_answers_does_not_count(average, ratio):
     assert gradients[0].equal(gradients[1])
 
 
-def test_the_kl_is_added_token_by_token():
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_the_kl_is_added_token_by_token(kind):
     logprobs, ref = logprobs_like(MASK), logprobs_like(MASK, 1)
     without, with_kl = (
-        policy_loss(logprobs, logprobs, A, MASK, Settings(average="batch", beta=beta), ref)
+        policy_loss(logprobs, logprobs, A, MASK, Settings(average="batch", beta=beta, kl=kind), ref)
         for beta in (0, 0.5)
     )
-    assert_close(with_kl - without, 0.5 * kl_estimate(logprobs, ref)[MASK].mean())
+    assert_close(with_kl - without, 0.5 * kl_estimate(logprobs, ref, kind)[MASK].mean())
 
 
 @pytest.mark.parametrize(
@@ -291,9 +293,10 @@ def test_a_rollout_holds_answers_their_places_and_their_rewards(temperature):
     assert new.mask.sum(dim=1).unique().numel() > 2
 
 
-def test_a_reward_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="a reward is nan"):
-        rollout(random_model(), PROMPTS, lambda p, a: math.nan, Settings(max_new_tokens=2), end=END)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reward_that_is_no_finite_number_is_refused(bad):
+    with pytest.raises(ValueError, match=f"a reward is {bad}"):
+        rollout(random_model(), PROMPTS, lambda p, a: bad, Settings(max_new_tokens=2), end=END)
 
 
 # --- the loop
@@ -424,6 +427,29 @@ def test_clipped_is_the_share_of_tokens_without_gradient(monkeypatch):
     )
     assert [row["clipped"] for row in rows] == pytest.approx(shares)
     assert 0 < shares[-1] < 1
+
+
+def test_the_loss_gets_what_the_settings_and_the_reference_say(monkeypatch):
+    """Unscaled advantages and another model's log-probabilities, in whatever order the answers come."""
+    drawn, seen, reference = [], [], random_model(1)
+    original = module.policy_loss
+
+    def draw(*args, **options):
+        drawn.append(rollout(*args, **options))
+        return drawn[-1]
+
+    def spy(logprobs, old, a, mask, settings, ref):
+        seen.append((a, (ref * mask).sum(dim=1)))
+        return original(logprobs, old, a, mask, settings, ref)
+
+    monkeypatch.setattr(module, "policy_loss", spy)
+    settings = replace(SHORT, scale=False, beta=0.1)
+    row = run(random_model(), settings, replace(PLAN, steps=1), reference=reference, draw=draw)[0]
+    (new,), ((a, refs),) = drawn, seen
+    assert_close(a.sort().values, advantages(new.rewards, scale=False).flatten().sort().values)
+    known = token_logprobs(reference, new.rows)[0].detach()
+    assert_close(refs.sort().values, (known * new.mask).sum(dim=1).sort().values)
+    assert row["kl"] == pytest.approx(masked_mean(kl_estimate(new.logprobs, known), new.mask).item())
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6], ids=lambda n: f"update {n}")

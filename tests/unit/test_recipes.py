@@ -9,13 +9,18 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mini.capstone import Plan
 from mini.lab import recipes
 from mini.lab.recipes import digest
 from mini.lab.sources import sources
+from mini.model import Transformer
+from mini.reward import JUDGE
+from mini.tasks import REASONER
 from mini.train import load, save
 
 SETTINGS = {"steps": 3, "lr": 0.01, "betas": (0.9, 0.95)}
@@ -81,6 +86,85 @@ def test_settings_may_be_dataclasses_and_have_to_be_plain():
     assert digest("m", {"sizes": Sizes()}) == digest("m", {"sizes": {"width": 8}})
     with pytest.raises(ValueError, match=r"settings of m have to be plain values.*Tensor"):
         digest("m", {"w": torch.ones(1)})
+
+
+class Asked(Exception):
+    pass
+
+
+def key(monkeypatch, make, *args, **options) -> str:
+    """Under which name a recipe keeps its result."""
+
+    def ask(name, settings, make, code=None):
+        raise Asked(f"{name}-{digest(name, settings)}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "remember", ask)
+        with pytest.raises(Asked) as asked:
+            make(*args, **options)
+    return str(asked.value)
+
+
+def test_every_recipe_keeps_each_seed_stage_and_arm_apart(monkeypatch):
+    calls = [(recipes.language_model, seed) for seed in (0, 1)]
+    calls += [(recipes.writer, seed) for seed in (0, 1)]
+    calls += [(recipes.reasoner, seed, stage) for seed in (0, 1) for stage in ("base", "rl")]
+    calls += [(recipes.reasoner, 0, "base", dataclasses.replace(REASONER, dim=32))]
+    calls += [(recipes.grm, seed, stage) for seed in (0, 1) for stage in recipes.STAGES]
+    calls += [(recipes.grm, 0, stage, False) for stage in recipes.STAGES[1:]]
+    calls += [(recipes.line, plan, s) for plan in (Plan(), Plan(seed=1)) for s in ("base", "student")]
+    assert len({key(monkeypatch, *call) for call in calls}) == len(calls)
+    school = [key(monkeypatch, recipes.grm, 0, "school", arm) for arm in (True, False)]
+    assert school[0] == school[1], "one school serves both arms"
+
+
+@pytest.mark.parametrize("principled", [True, False])
+def test_each_stage_of_a_judge_goes_on_from_the_one_before(monkeypatch, principled):
+    """Each stage adds its number to one weight, in the place of training."""
+    calls = []
+
+    def stage(name, add):
+        def trained(model, seed, *, principled, **options):
+            calls.append((name, seed, principled))
+            with torch.no_grad():
+                model.embed.weight[0, 0] = 10 * model.embed.weight[0, 0] + add
+            return [{"step": 1}]
+
+        return trained
+
+    def school(seed, **options):
+        model = Transformer(JUDGE)
+        torch.nn.init.zeros_(model.embed.weight)
+        return model, [{"step": seed}]
+
+    kept = SimpleNamespace(right=0.5, easy=1, never=2, hinted=3)
+    rejective = stage("rft", 2)
+    monkeypatch.setattr(recipes, "remember", lambda name, settings, make: make(None))
+    monkeypatch.setattr(recipes.spct, "go_to_school", school)
+    monkeypatch.setattr(recipes.spct, "supervised", stage("sft", 1))
+    monkeypatch.setattr(
+        recipes.spct, "rejective", lambda *args, **options: (kept, rejective(*args, **options))
+    )
+    monkeypatch.setattr(recipes.spct, "reinforced", stage("rl", 3))
+    assert recipes.grm(7, "rl", principled)[0].embed.weight[0, 0] == 123
+    assert calls == [(name, 7, principled) for name in ("sft", "rft", "rl")]
+    facts = recipes.grm(7, "rft", principled)[1]
+    assert facts == dict(history=[{"step": 1}], right=0.5, easy=1, never=2, hinted=3)
+
+
+def test_a_reasoner_is_compared_with_a_copy_of_its_base(monkeypatch):
+    calls = []
+
+    def fake(model, *args, reference, seed, **options):
+        calls.append((reference.embed.weight.equal(model.embed.weight), reference is model, seed))
+        return [{"step": 1}]
+
+    base = Transformer(REASONER)
+    monkeypatch.setattr(recipes, "remember", lambda name, settings, make: make(None))
+    monkeypatch.setattr(recipes, "pretrained", lambda *args, **options: (base, []))
+    monkeypatch.setattr(recipes, "grpo", fake)
+    recipes.reasoner(5)
+    assert calls == [(True, False, 5)]
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x08\0\0\0\0\0\0\0{}      "])

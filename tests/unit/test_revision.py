@@ -21,6 +21,10 @@ def test_best_of_is_the_mean_over_all_choices():
         best_of(marks, values, 7)
 
 
+def test_of_equal_marks_the_later_answer_is_the_best():
+    assert best_of(torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 4.0]]), 3).tolist() == [4.0]
+
+
 def test_kl_is_that_of_the_largest_of_n_uniform_numbers():
     u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000  # its density is n u^(n-1)
     for n in (1, 2, 4, 64):
@@ -57,6 +61,13 @@ def test_revised_repairs_what_is_named_and_stays_an_answer():
         untouched = [n for n in met if n not in names and n not in ("brief", "steps")]
         before = dict(zip(CRITERIA, facts(query, answer), strict=True))
         assert all(met[n] == before[n] for n in untouched)
+
+
+def test_repairs_by_hand():
+    steps = ["steps", "none", "no", "polite", "none", "no", "1/10", "<eos>"]
+    assert revised(BOSS, ("so", "=70", "=4"), steps) == ("dear", "so", "since", "1", "3", "=70", "=4")
+    sure = ["sure", "none", "no", "brief", "three", "yes", "4/10", "<eos>"]
+    assert revised(BOSS, ("=70", "=4", "now"), sure) == ("=70", "=4", "surely", "now")
 
 
 def test_revised_leaves_alone_what_it_cannot_read():

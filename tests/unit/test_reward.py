@@ -1,5 +1,6 @@
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +140,10 @@ def test_an_answer_has_what_it_is_given_the_chance_to_have():
     assert not any(facts(query, a)[i] for a in never for i in (0, 2, 3, 4))
 
 
+def test_an_answer_may_be_as_long_as_the_longest():
+    assert is_answer((*TRUE, *["so"] * (reward.LONGEST - 2)))
+
+
 def test_words_and_tokens():
     assert decode([*encode(BOSS.words), -1]) == BOSS.words
     with pytest.raises(ValueError, match="'maybe' is not a word"):
@@ -195,6 +200,7 @@ def test_preferences_put_the_best_answer_first():
         assert [t for t in row if t >= 0] in best
     assert torch.equal(batch(0), rows)
     assert not torch.equal(batch(1), rows)
+    assert not torch.equal(preferences(some, seed=1, batch=8)[0](0), rows)
     assert loss(Scalar(small_model()), rows).item() == pytest.approx(math.log(2))  # marks are 0 at first
 
 
@@ -224,6 +230,29 @@ def test_the_writer_learns_answers_alone():
     assert touched[start : start + 3].all()
 
 
+def test_the_writers_loss_is_the_mean_over_the_answers_tokens():
+    """Fillers and queries are not counted either."""
+    rows = population(4)
+    assert (rows < 0).any()
+    shape = *rows[:, 1:].shape, JUDGE.vocab_size
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    logp = logits.log_softmax(-1)
+    nats = [
+        -logp[i, t - 1, row[t]]
+        for i, row in enumerate(rows.tolist())
+        for t in range(row.index(reward.IDS["answer:"]) + 1, len(row))
+        if row[t] >= 0
+    ]
+    assert_close(imitate_answers(Says(logits), rows), torch.stack(nats).mean())
+
+
+def test_a_population_follows_from_its_seed_and_its_chances():
+    assert population(9, 1).equal(population(9, 1))
+    assert not population(9, 1).equal(population(9, 2))
+    shown = [decode(row) for row in population(20, steps=1.0, polite=0.0).tolist()]
+    assert all("since" in words and not set(words) & set(reward.POLITE) for words in shown)
+
+
 def test_write_gives_n_answers_to_each_query():
     queries = [BOSS, Query("nurse", "gently", 20, 31)]
     found = write(small_model(), queries, 3, generator=torch.Generator().manual_seed(0))
@@ -231,11 +260,28 @@ def test_write_gives_n_answers_to_each_query():
     assert not any("<eos>" in answer for own in found for answer in own)
 
 
+def test_write_sorts_answers_by_query_and_draws_as_it_is_asked(monkeypatch):
+    asked, g = [], torch.Generator()
+
+    def count(model, prompts, new_tokens, **how):
+        asked.append((new_tokens, how))
+        tokens = torch.tensor([encode([str(i), "<eos>"]) for i in range(4)])
+        return SimpleNamespace(tokens=tokens)
+
+    monkeypatch.setattr(reward, "sample", count)
+    assert write(small_model(), [BOSS, BOSS], 2, temperature=0.3, generator=g) == [
+        [("0",), ("1",)],
+        [("2",), ("3",)],
+    ]
+    assert asked == [(11, dict(temperature=0.3, end=END, group=2, generator=g))]
+
+
 def test_a_rollout_shows_the_judge_answers_alone(monkeypatch):
     """One call for all answers; what is no answer gets 1 less than the worst mark."""
+    nurse = Query("nurse", "gently", 41, 33)
     answers = [TRUE, ("dear",), FALSE, ("=70", "=4", "indeed")]
     length = len(BOSS.words) + 1
-    rows = stack([text(BOSS, a) for a in answers])
+    rows = stack([text(q, a) for q, a in zip((BOSS, BOSS, nurse, nurse), answers, strict=True)])
     drawn = policy.Rollout(
         rows, rows[:, 1:] >= 0, torch.zeros(len(rows), rows.shape[1] - 1), torch.zeros(2, 2)
     )
@@ -247,7 +293,7 @@ def test_a_rollout_shows_the_judge_answers_alone(monkeypatch):
         return [float(len(answer)) for answer in shown]
 
     settings = policy.Settings(G=2)
-    found = rollout(small_model(), [BOSS, BOSS], opinion, settings, end=END)
-    assert calls == [([BOSS] * 3, [TRUE, FALSE, ("=70", "=4", "indeed")])]
+    found = rollout(small_model(), [BOSS, nurse], opinion, settings, end=END)
+    assert calls == [([BOSS, nurse, nurse], [TRUE, FALSE, ("=70", "=4", "indeed")])]
     assert found.rewards.tolist() == [[2.0, 1.0], [2.0, 3.0]]
     assert length == 7

@@ -20,7 +20,7 @@ from mini.critique import (
     write_critique,
     write_principles,
 )
-from mini.grpo import Settings, grpo
+from mini.grpo import Settings, grpo, token_logprobs
 from mini.model import Transformer
 from mini.reward import (
     CRITERIA,
@@ -35,6 +35,7 @@ from mini.reward import (
     draw_query,
     encode,
     facts,
+    hidden_weights,
     strictly_best,
 )
 from mini.spct import (
@@ -51,6 +52,7 @@ from mini.spct import (
     vote,
     written,
 )
+from mini.tasks import is_held_out
 from mini.train import Settings as Training
 
 from .test_reward import Says
@@ -147,6 +149,25 @@ def test_an_unreadable_critique_spoils_the_judgement(text):
     assert rule(CASE, broken) == -1.0
 
 
+def test_principles_are_drawn_by_their_odds_and_the_first_weighs_more():
+    rng = random.Random(0)
+    drawn = [draw_principles(rng, (0, 0, 1, 3, 0)) for _ in range(400)]
+    assert {frozenset((first, second)) for (first, _), (second, _) in drawn} == {
+        frozenset(("steps", "polite"))
+    }
+    assert {w for (_, w), _ in drawn} == {5, 6, 7, 8}
+    assert sum(first == "polite" for (first, _), _ in drawn) / 400 == pytest.approx(0.75, abs=0.08)
+    seconds = [draw_principles(rng, (1, 0, 1, 9, 0))[1][0] for _ in range(400)]
+    assert seconds.count("polite") < 0.3 * 400  # it mostly stands first
+    assert seconds.count("truth") == pytest.approx(seconds.count("steps"), abs=60)
+
+
+def test_demonstrations_follow_the_hidden_rule_by_half():
+    expected = [w / 2 + 0.1 for w in hidden_weights("boss", "quickly")]
+    assert half_taught(BOSS) == pytest.approx(expected)
+    assert sum(half_taught(BOSS)) == pytest.approx(1)
+
+
 def test_a_tie_is_wrong():
     tied = exact(Case(BOSS, (KIND, KIND)), PRINCIPLES)
     assert tied.scores == (10, 10)
@@ -195,6 +216,27 @@ def test_lessons_are_right_and_some_state_no_principles():
         assert 15 < plain < 45
 
 
+def test_lessons_follow_from_their_seed_and_from_odds_that_see_the_query():
+    def odds(query):
+        return (0, 0, 0, 1, 1) if query.who == "boss" else (1, 1, 0, 0, 0)
+
+    found = lessons(40, 0, odds)
+    assert found.equal(lessons(40, 0, odds))
+    assert not found.equal(lessons(40, 1, odds))
+    for row in found.tolist():
+        said = decode(row)
+        stated = {criterion for criterion, _ in read_principles(said[7:11])}
+        assert stated == ({"polite", "sure"} if said[0] == "boss" else {"truth", "brief"})
+
+
+@pytest.mark.parametrize("principled", [True, False])
+def test_each_arm_is_shown_demonstrations_of_its_own_kind(monkeypatch, principled):
+    shown = []
+    monkeypatch.setattr(spct, "train", lambda model, batch, *args, **options: shown.append(batch(0)) or [])
+    spct.supervised(small_model(), principled=principled)
+    assert ((shown[0][:, 7] != encode(["answer:"])[0]) == principled).all()
+
+
 # --- judging
 
 
@@ -213,6 +255,19 @@ def test_principles_can_be_given_or_left_out():
     given_ = judge(small_model(), some, 2, given=lambda case: PRINCIPLES)
     assert {j.principles for own in given_ for j in own} == {("brief", "x6", "truth", "x3")}
     assert {j.principles for own in judge(small_model(), some, principled=False) for j in own} == {()}
+
+
+def test_principles_and_critiques_are_drawn_at_the_temperature_asked_for(monkeypatch):
+    seen = []
+
+    def spy(*args, temperature, **options):
+        seen.append(temperature)
+        return real(*args, temperature=temperature, **options)
+
+    real = critique.sample
+    monkeypatch.setattr(critique, "sample", spy)
+    judge(small_model(), [CASE], temperature=0.3)
+    assert seen == [0.3, 0.3]
 
 
 def test_no_label_reaches_a_prompt(monkeypatch):
@@ -275,6 +330,40 @@ def test_principles_count_once_in_a_rollout():
     assert (found.logprobs[found.mask] < 0).all()
 
 
+def test_a_rollout_keeps_to_the_temperature_of_its_settings(monkeypatch):
+    """Judgements are drawn at it, and their log-probabilities are those at it."""
+    seen, model = [], small_model()
+
+    def spy(*args, temperature, **options):
+        seen.append(temperature)
+        return judge(*args, temperature=temperature, **options)
+
+    monkeypatch.setattr(spct, "judge", spy)
+    settings = Settings(G=2, max_new_tokens=CRITIQUE_TOKENS, temperature=0.6, texts=4)
+    found = rollout(model, cases(2), rule, settings, end=END, generator=torch.Generator().manual_seed(0))
+    assert seen == [0.6]
+    known = token_logprobs(model, found.rows, 0.6)[0].detach()
+    torch.testing.assert_close(found.logprobs, known * found.mask)
+
+
+def test_reinforcement_holds_to_a_copy_and_asks_new_questions_each_time(monkeypatch):
+    """What `grpo` is given: a reference that does not learn along, and cases of the training part."""
+    calls, model = [], small_model()
+    monkeypatch.setattr(spct, "grpo", lambda *args, **options: calls.append((args, options)) or [])
+    for seed in (0, 1):
+        spct.reinforced(model, seed, principled=False, steps=3)
+    ((learner, asked, paid, _, training), options), ((_, other, *_), _) = calls
+    assert learner is model
+    assert paid is rule
+    assert training.steps == 3
+    assert options["reference"] is not model
+    assert all(map(torch.equal, options["reference"].parameters(), model.parameters()))
+    assert options["draw"].keywords == {"principled": False}
+    assert asked(0) == asked(0)
+    assert len({str(found) for found in (asked(0), asked(1), other(0), other(1))}) == 4
+    assert not any(is_held_out(f"{case.query.a} + {case.query.b}") for case in asked(0))
+
+
 def test_reinforcement_learns_principles_from_the_verdict_alone():
     """Judgements with `truth` first are paid: after a few steps there are more of them."""
     model = small_model()
@@ -307,6 +396,8 @@ def test_votes_by_hand():
     quality = torch.tensor([[0.0, 9.0, 1.0, 8.0]])
     assert vote(scores, [CASE], 4, quality=quality).tolist() == [0.0]  # 4 to 6
     assert vote(scores, [CASE], 4, quality=-quality).tolist() == [1.0]
+    assert vote(scores, [CASE], 4, quality=quality, keep=0.75).tolist() == [1.0]  # 9 to 7
+    assert vote(scores[:, :1], [CASE], 1, quality=quality[:, :1]).tolist() == [1.0]  # one is always kept
     with pytest.raises(ValueError, match="k=5: there are 4"):
         vote(scores, [CASE], 5)
 
@@ -333,3 +424,5 @@ def test_audit_counts_what_is_wrong():
     assert found["checks"] == pytest.approx(11 / 12)
     assert found["summed"] == pytest.approx(5 / 6)
     assert found["ties"] == 0.0
+    alike = Case(BOSS, (KIND, KIND, WRONG))
+    assert audit([alike], [[exact(alike, PRINCIPLES)]])["ties"] == 1.0

@@ -13,7 +13,7 @@ import torch
 
 from mini import attention
 from mini.attention import attend
-from mini.lab import study
+from mini.lab import recipes, study
 from mini.lab.sources import imported, sources, text
 from mini.train import LANGUAGE_MODEL, load
 
@@ -53,6 +53,18 @@ def jobs(home, n=4):
     return [dict(x=x, home=str(home)) for x in range(n)]
 
 
+def test_a_study_whose_last_save_failed_is_only_saved_again(home, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "save", full)
+        rows = study("squares", run, jobs(home))
+    assert study("squares", run, jobs(home)) == rows
+    assert len((home / "calls").read_text().split()) == 4, "nothing is run twice"
+    assert study("none", run, []) == []
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_come_in_the_jobs_order_and_do_not_depend_on_the_cores(home, monkeypatch, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -65,6 +77,14 @@ def test_rows_come_in_the_jobs_order_and_do_not_depend_on_the_cores(home, monkey
     assert joblib.cpu_count() == before
     assert study("squares", run, jobs(home)) == rows
     assert len((home / "calls").read_text().split()) == 4, "the second time nothing is run"
+
+
+def test_other_jobs_and_another_run_are_made_anew(home, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert [row["y"] for row in study("squares", run, jobs(home, 3))] == [0, 3, 6]
+    assert [row["y"] for row in study("squares", run, jobs(home, 3)[::-1])] == [6, 3, 0]
+    monkeypatch.setitem(globals(), "FACTOR", 4)
+    assert [row["y"] for row in study("squares", run, jobs(home, 3))] == [0, 4, 8]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mini.data import corpus
 from mini.distill import write_rows
-from mini.model import Config
+from mini.model import Config, cross_entropy
 from mini.synthetic import (
     REGIMES,
     chain,
@@ -47,6 +48,14 @@ def test_what_each_regime_learns_from():
     assert len(mixed.unique()) == 10
     assert (mixed < 100).sum() == 3
     assert ((mixed >= 100) & (mixed < 200)).sum() == 0
+
+
+def test_rows_are_chosen_at_random_by_the_generator():
+    def chosen(seed):
+        return choose_rows(torch.arange(50), 10, torch.Generator().manual_seed(seed)).tolist()
+
+    assert chosen(0) == chosen(0) != chosen(1)
+    assert set().union(*map(chosen, range(60))) == set(range(50))
 
 
 @given(st.floats(0, 1), st.integers(1, 30), st.integers(0, 20), st.integers(0, 99))
@@ -168,6 +177,23 @@ def test_learning_and_writing_come_from_their_seeds():
     assert make(0)[:, :2].eq(0).all()
 
 
+@pytest.mark.parametrize("extra", [{}, MOE], ids=["dense", "MoE"])
+def test_a_model_begins_from_its_seed_and_learns_by_the_loss_it_is_given(extra):
+    still, read = Settings(steps=1, lr=0.0, matrix_lr=0.0, weight_decay=0.0), []
+
+    def loss(model, rows):
+        read.append(len(rows))
+        return cross_entropy(model, rows)
+
+    one, again, other = (
+        learn_rows(rows(0, 6) % 7, Config(**TINY, **extra), still, batch_size=4, seed=seed, loss=loss)
+        for seed in (0, 0, 1)
+    )
+    assert read == [4, 4, 4]
+    assert one.embed.weight.equal(again.embed.weight)
+    assert not one.embed.weight.equal(other.embed.weight)
+
+
 def test_the_world_is_made_of_rows_of_plays_with_its_own_ngrams():
     place = world()
     assert place.rows.shape[1] == 32
@@ -179,3 +205,6 @@ def test_the_world_is_made_of_rows_of_plays_with_its_own_ngrams():
     assert found["unseen"] == 0
     assert 0 < found["rare"] < found["common"] <= 1
     assert place.tokenizer.decode(place.tokenizer.encode(place.held_out)) == place.held_out
+    assert len(place.held_out) == 20_000
+    unread = corpus()[1]
+    assert all(place.held_out[i : i + 1_000] in unread for i in range(0, 20_000, 1_000))

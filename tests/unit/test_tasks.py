@@ -184,6 +184,7 @@ def test_prompts_and_rewards_for_grpo():
     task = puzzles()
     ask = task.ask(3, seed=1)
     assert ask(5) == ask(5) != ask(6)
+    assert ask(5) != task.ask(3, seed=2)(5)
     assert all(task.decode(torch.tensor([p]))[0] in set(task.train) for p in ask(5))
     tokens = [task.encode([text])[0].tolist() for text in (PROMPT, RIGHT)]
     assert task.reward(0.1)(*tokens) == pytest.approx(1.1)
@@ -206,6 +207,34 @@ def test_lessons_follow_from_seed_and_place_and_hold_no_held_out_puzzle():
     for text in task.decode(batch(0)):
         words = text.removeprefix("sheet ").split()
         assert " ".join(words[:5]) not in held_out
+
+
+def test_lessons_have_the_share_of_sheets_and_the_writers_that_are_asked_for():
+    task = puzzles()
+
+    def traces(**shares):
+        texts = [text for i in range(8) for text in task.decode(tasks.lessons(**shares)(i))]
+        sheets = [text for text in texts if text.startswith("sheet")]
+        found = [read(text[:13], text[14:]) for text in texts if text not in sheets]
+        return len(sheets), found
+
+    assert traces(sheets=1.0)[1] == []
+    sheets, half = traces(sheets=0.0, go_on=0.0, thorough=0.5)  # who goes on at all does not give up
+    assert sheets == 0
+    assert all(trace.attempts == 1 or trace.faithful for trace in half)
+    assert any(trace.retries for trace in half)
+    sheets, found = traces(sheets=0.3, go_on=0.0, thorough=0.0)
+    assert sheets / 256 == pytest.approx(0.3, abs=0.1)
+    assert all(trace.attempts == 1 for trace in found)
+
+
+def test_a_base_reads_the_documents_of_its_writers(monkeypatch):
+    """Without going on and thoroughness, no document has a second attempt: chapter 10's control."""
+    given = []
+    monkeypatch.setattr(tasks, "train", lambda model, batch, *args, **options: given.append(batch(3)) or [])
+    for thorough in (0.0, 1.0):
+        tasks.pretrained(seed=4, go_on=0.0, thorough=thorough)
+        assert given[-1].equal(tasks.lessons(4, go_on=0.0, thorough=thorough)(3))
 
 
 def test_imitation_counts_what_follows_the_prompt_and_each_token_alike():
@@ -232,6 +261,11 @@ def test_summary_of_answers():
     assert found["retries"] == 0.0
     assert found["first"] == 0.5
     assert found["faithful"] == 1.0
+    assert found["length"] == 15
+    assert (found["slips"], found["misjudged"]) == (0.0, 0.0)
+    bad = "<think> a- A5 b- B4 c+ C1 no c+ C2 ok a* A9 c- </think> <answer> a- b- c+ </answer> <eos>"
+    worse = tasks.Answers([PROMPT], [bad], [verify(PROMPT, bad)], [read(PROMPT, bad)]).summary()
+    assert (worse["slips"], worse["misjudged"], worse["retries"]) == (3 / 6, 2 / 3, 1.0)
 
 
 def test_answers_are_of_held_out_puzzles_and_follow_from_the_seed():
@@ -240,3 +274,5 @@ def test_answers_are_of_held_out_puzzles_and_follow_from_the_seed():
     one, again = answers(model, 3, seed=1), answers(model, 3, seed=1)
     assert one.responses == again.responses
     assert set(one.prompts) <= set(puzzles().held_out)
+    greedy = [answers(model, one.prompts, temperature=0, seed=seed).responses for seed in (1, 2)]
+    assert greedy[0] == greedy[1] != one.responses

@@ -180,6 +180,8 @@ def test_bad_requests_are_refused():
         pass_at_k(4, c, 0)
     with pytest.raises(ValueError, match="n=2 samples right"):
         pass_at_k(2, c, 1)
+    with pytest.raises(ValueError, match="n=4 samples right"):
+        pass_at_k(4, torch.tensor([-1, 3]), 1)
     with pytest.raises(ValueError, match="k=3 of n=2"):
         best_of_k(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool), 3)
     with pytest.raises(ValueError, match="have to be above 0"):
@@ -251,6 +253,9 @@ def test_thinking_goes_on_while_another_round_fits():
     rounds = [row for (row,) in think_on(Counting(), [[7]], 9, 8, TAGS, 3)]
     lengths = [len(row) for row in rounds]  # 6, and 4 more each round, as long as 27 positions are not passed
     assert lengths == [6, 10, 14, 18, 22, 26, 30, 30, 30, 30]
+    for prompt, last in (([1, 2, 3, 7], 30), ([1, 2, 3, 4, 7], 26)):  # just 27, and one more
+        *_, (row,) = think_on(Counting(), [prompt], 9, 8, TAGS, 3)
+        assert len(row) == last
 
 
 def test_another_token_is_drawn_from_all_but_one():
@@ -260,6 +265,22 @@ def test_another_token_is_drawn_from_all_but_one():
     assert len(set(drawn)) > 10
     free = draw_another(model, rows, 8, torch.Generator().manual_seed(0))
     assert 7 in free
+
+
+def test_another_token_is_drawn_by_what_each_row_says_alone(monkeypatch):
+    model, rows, seen = random_model(), [[1, 2], [3], [4, 5, 6]], []
+
+    def first(logits, *args):
+        seen.extend(logits)
+        return logits.argmax(dim=-1)
+
+    monkeypatch.setattr("mini.test_time.choose", first)
+    monkeypatch.setattr("mini.test_time.BATCH", 2)
+    assert len(draw_another(model, rows, 7)) == 3
+    for row, logits in zip(rows, seen, strict=True):
+        expected = model(torch.tensor([row]))[0, -1].detach()
+        expected[7] = -torch.inf
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
 def test_budgets_with_a_transformer():

@@ -124,6 +124,24 @@ def test_choice_is_kept_and_recalled(shown, capsys):
     assert answer(shown, "MoE") == "kept"
     recall("who", "dense")
     assert capsys.readouterr().out == "You predicted MoE; measured dense. Not what you said.\n"
+    recall("who", "MoE")
+    assert capsys.readouterr().out == "You predicted MoE; measured MoE. As you said.\n"
+
+
+def test_a_kept_choice_is_shown_again_if_it_can_still_be_made(shown):
+    predict("who", "Which is larger?", options=["dense", "MoE"])
+    answer(shown, "MoE")
+    for options, value in ((["dense", "MoE"], "MoE"), (["dense", "sparse"], None), (None, 0)):
+        predict("who", "Which is larger?", options=options)
+        assert widget(shown[-1]).children[1].children[0].value == value
+
+
+def test_predictions_can_be_kept_in_another_folder(tmp_path, shown, monkeypatch):
+    monkeypatch.setenv("MINI_PREDICTIONS", str(tmp_path / "elsewhere"))
+    predict("cost", "How many?")
+    answer(shown, 2.0)
+    assert json.loads((tmp_path / "elsewhere" / "cost.json").read_text())["value"] == 2.0
+    assert not (tmp_path / "home" / "predictions").exists()
 
 
 def test_recall_without_prediction(capsys):
